@@ -1,0 +1,303 @@
+"""The command line: ``umeta data | train | evaluate | reproduce | results``.
+
+A user's mistake is one line on standard error and exit code 2. Set ``UMETA_DEBUG=1`` for the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from . import results
+from .results import REPOSITORY, SCALES
+
+EPILOG = "Example: umeta reproduce cactus --table 8 --rows oracle --scale quick --dataset glyphs"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse prints the usage before an error; here the error alone, in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser; every command sets ``run``, the function that carries it out."""
+    top = _Parser(prog="umeta", description="Unsupervised meta-learning, rebuilt and reproduced.", epilog=EPILOG)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_data(commands)
+    _add_row_command(commands, "train", _train, "meta-train one row and test it")
+    _add_row_command(commands, "evaluate", _evaluate, "test one row from a checkpoint")
+    _add_reproduce(commands)
+    _add_results(commands)
+    return top
+
+
+def _add_data(commands) -> None:
+    data = commands.add_parser("data", help="list, describe, pack and check datasets")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="the datasets and where each was found").set_defaults(run=_data_list)
+    for name, run, text in (("info", _data_info, "what a dataset is and where it comes from"),
+                            ("check", _data_check, "verify counts and checksums")):  # fmt: skip
+        action = actions.add_parser(name, help=text)
+        action.add_argument("name")
+        action.set_defaults(run=run)
+    pack = actions.add_parser("pack", help="make one compact file from a folder of images")
+    pack.add_argument("name")
+    pack.add_argument("folder", type=Path, help="the dataset in its usual folder layout")
+    pack.add_argument("--out", type=Path, default=None, help="where to write (default: the user's cache folder)")
+    pack.set_defaults(run=_data_pack)
+
+
+def _add_machine(command) -> None:
+    command.add_argument("--dataset", help="run the rows on another dataset, for example glyphs (built in)")
+    command.add_argument("--scale", choices=SCALES, default="quick",
+                         help="smoke: seconds; quick: minutes; full: the paper's")
+    command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default: cpu)")
+    command.add_argument("--threads", type=_positive, default=None, help="processor threads of one run")
+
+
+def _add_row_command(commands, name: str, run, text: str) -> None:
+    command = commands.add_parser(name, help=text)
+    command.add_argument("row", help="for example oracle-protonets; umeta reproduce cactus --list shows all")
+    _add_machine(command)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--checkpoint", type=Path, required=name == "evaluate", help="file to save to and resume from")
+    command.set_defaults(run=run)
+
+
+def _add_reproduce(commands) -> None:
+    command = commands.add_parser("reproduce", help="run rows of a paper's table and compare them with it")
+    command.add_argument("paper", help="for example cactus")
+    command.add_argument("--table", help="all its rows (default: every row of the paper)")
+    command.add_argument("--rows", help="only rows whose name contains one of these, comma-separated: oracle,scratch")
+    _add_machine(command)
+    command.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="one run each (default: 0)")
+    command.add_argument("--cores", type=_positive, default=os.cpu_count(), help="processor cores for all runs")
+    command.add_argument("--gpus", type=_positive, default=1, help="how many runs may use a GPU at once (default: 1)")
+    command.add_argument("--runs", type=Path, default=Path("runs"), help="executed notebooks and checkpoints go here")
+    command.add_argument("--results", type=Path, help="folder of records (default: $UMETA_RESULTS or results)")
+    command.add_argument("--profile", help="Snakemake profile, for a cluster")
+    command.add_argument("--force", action="store_true", help="run again what has a record, from the beginning")
+    command.add_argument("--list", action="store_true", help="list the rows and stop")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    command.set_defaults(run=_reproduce)
+
+
+def _add_results(commands) -> None:
+    command = commands.add_parser("results", help="published numbers beside ours")
+    command.add_argument("paper", help="for example cactus")
+    command.add_argument("--table", help="one table of the paper, for example 8")
+    command.add_argument("--dataset", help="one dataset, also one that the paper does not have, as glyphs")
+    command.add_argument("--measured", action="store_true", help="leave out what was not run")
+    command.add_argument("--markdown", action="store_true", help="print the table as the book shows it")
+    command.add_argument("--results", type=Path, help="folder of records (default: $UMETA_RESULTS or results)")
+    command.set_defaults(run=_results)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+# Commands ----------------------------------------------------------------------------------------------------------
+# Each imports what it needs: `umeta results` should not wait for torch.
+
+
+def _data_list(arguments) -> None:
+    from .data import datasets
+
+    for about in datasets():
+        where = f"{about['found'] or 'not found'}"
+        print(f"{about['name']:14} {where:30} {', '.join(about['splits']):16} {about['what']}")
+
+
+def _data_info(arguments) -> None:
+    from .data import info
+
+    for name, value in info(arguments.name).items():
+        if isinstance(value, list):
+            value = ("\n" + " " * 11 if name == "get" else ", ").join(map(str, value))
+        print(f"{name:10} {value if value not in (None, '') else '-'}")
+
+
+def _data_check(arguments) -> int:
+    from .data import check
+
+    report = check(arguments.name)
+    for line in report:
+        word = {True: "ok", False: "WRONG", None: "?"}[line["ok"]]
+        print(f"{word:6} {line['what']}: {line['detail']}")
+    return 1 if any(line["ok"] is False for line in report) else 0
+
+
+def _data_pack(arguments) -> None:
+    from .data import pack
+    from .packs import cache_folder
+
+    for path in pack(arguments.name, arguments.folder, arguments.out or cache_folder() / arguments.name):
+        print(path)
+
+
+def _prepare(arguments) -> None:
+    """Set the threads and the allocator, and refuse a device that is not there."""
+    import torch
+
+    from .speed import tune_cpu
+
+    check_device(arguments.device)
+    tune_cpu()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError unless torch can use the device."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; use cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} asked for, but torch finds no CUDA GPU; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} asked for, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+
+
+def _train(arguments) -> None:
+    from .experiments import find_row, train_row
+
+    row = find_row(arguments.row, arguments.dataset)
+    _prepare(arguments)
+    learner, history = train_row(row, arguments.scale, arguments.seed, arguments.device, arguments.checkpoint)
+    print(f"{row.slug}: {row.steps[arguments.scale]:,} steps in {history['seconds']:.0f} s")
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process tests
+        _print_tests(row, learner, arguments)
+
+
+def _evaluate(arguments) -> None:
+    from .experiments import find_row, untrained
+    from .training import read_checkpoint
+
+    row = find_row(arguments.row, arguments.dataset)
+    _prepare(arguments)
+    if not arguments.checkpoint.is_file():
+        raise FileNotFoundError(f"no checkpoint {arguments.checkpoint}; umeta train {row.slug} --checkpoint makes one")
+    state = read_checkpoint(arguments.checkpoint)
+    learner = untrained(row, arguments.seed, arguments.device)
+    try:
+        learner.load_state_dict(state["learner"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{arguments.checkpoint} is of another network than {row.slug}: {reason}") from None
+    print(f"{row.slug}: after {state['step']:,} steps")
+    _print_tests(row, learner, arguments)
+
+
+def _print_tests(row, learner, arguments) -> None:
+    from .experiments import measure
+
+    for cell in measure(row, learner, arguments.scale, arguments.seed, arguments.device):
+        task = f"{cell['way']}-way {cell['shot']}-shot"
+        print(f"{task:14}  {cell['accuracy']:.2f} ± {cell['ci95']:.2f} %  ({cell['tasks']} tasks)", flush=True)
+
+
+def _reproduce(arguments) -> None:
+    from .experiments import select_rows
+
+    rows = select_rows(arguments.paper, arguments.table, arguments.rows, arguments.dataset)
+    if arguments.list:
+        for row in rows:
+            print(f"{row.slug:28} {row.dataset:14} table {row.table:3} {row.steps['full']:>7,} steps  {row.method}")
+        return
+    folder = results.results_folder(arguments.results).resolve()
+    check_device(arguments.device)
+    _print_plan(arguments, rows, folder)
+    if not arguments.dry_run:
+        _snakemake(arguments, [row.slug for row in rows], folder)
+        print(results.table_text(arguments.paper, arguments.table, arguments.dataset, True, folder))
+
+
+def _print_plan(arguments, rows, folder: Path) -> None:
+    """One line per run with the time it will take, and the sum."""
+    from .experiments import expected_seconds
+
+    todo = []
+    for row in rows:
+        seconds = expected_seconds(row, arguments.scale, arguments.device)
+        for seed in arguments.seeds:
+            record = results.record_path(row.paper, row.slug, arguments.scale, seed, folder)
+            done = record.exists() and not arguments.force
+            todo += [] if done else [seconds]
+            state = "done" if done else _duration(seconds)
+            print(f"{row.slug:28} {arguments.scale:6} seed {seed}  {row.steps[arguments.scale]:>7,} steps  {state}")
+    total = None if None in todo else sum(todo)
+    runs = len(rows) * len(arguments.seeds)
+    print(f"{len(todo)} of {runs} runs to do on {arguments.device}; one after another {_duration(total)}", flush=True)
+
+
+def _duration(seconds) -> str:
+    if not seconds:
+        return "time unknown" if seconds is None else "nothing to wait for"
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
+def _snakemake(arguments, slugs: list[str], folder: Path) -> None:
+    """Hand the plan to Snakemake, with `--runs` as its working directory. Raises ValueError when a run failed."""
+    missing = [name for name in ("snakemake", "papermill") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} not installed; pip install 'umeta[reproduce]'")
+    snakefile = REPOSITORY / "workflow" / "Snakefile"
+    if not snakefile.is_file():
+        raise FileNotFoundError(f"{snakefile} not found; pip install -e '.[reproduce]' in a clone")
+    runs = arguments.runs.resolve()
+    runs.mkdir(parents=True, exist_ok=True)
+    config = {"paper": arguments.paper, "rows": ",".join(slugs), "scale": arguments.scale, "device": arguments.device,
+              "seeds": ",".join(map(str, arguments.seeds)), "threads": arguments.threads or 1, "results": str(folder),
+              "table": arguments.table, "dataset": arguments.dataset, "restart": arguments.force or None}  # fmt: skip
+    command = [
+        sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(runs),
+        "--cores", str(arguments.cores), "--resources", f"gpu={arguments.gpus}", "--rerun-triggers", "mtime",
+        "--rerun-incomplete", "--keep-going", "--quiet", "rules", "--config",
+        *(f"{key}={value}" for key, value in config.items() if value is not None),
+    ]  # fmt: skip
+    command += ["--profile", arguments.profile] if arguments.profile else []
+    command += ["--forcerun", "row"] if arguments.force else []
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}, check=False)
+    if done.returncode:
+        raise ValueError(f"a run failed (above); its notebook and checkpoint are in {runs / arguments.paper}. "
+                         "The same command goes on from there")
+
+
+def _results(arguments) -> None:
+    table = results.table_markdown if arguments.markdown else results.table_text
+    print(table(arguments.paper, arguments.table, arguments.dataset, arguments.measured, arguments.results))
+
+
+def main(argv=None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("UMETA_DEBUG"):
+            raise
+        print(f"umeta: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("umeta: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

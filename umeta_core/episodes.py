@@ -1,0 +1,127 @@
+"""Episodes and the sources they come from. Sampling is index arithmetic on device tensors: no loop over tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .data import ImageSet
+
+
+@dataclass
+class Episodes:
+    """A batch of T few-shot tasks.
+
+    ``support`` ``[T, N, K, C, H, W]`` and ``query`` ``[T, N, Q, C, H, W]`` are floats in [0, 1]. The label of an image
+    is its position on the N axis; since classes are drawn in random order, that is a random label permutation.
+    """
+
+    support: Tensor
+    query: Tensor
+
+    @property
+    def tasks(self) -> int:
+        return self.support.shape[0]
+
+    @property
+    def way(self) -> int:
+        return self.support.shape[1]
+
+    @property
+    def shot(self) -> int:
+        return self.support.shape[2]
+
+    def __len__(self) -> int:
+        return self.tasks
+
+    def __getitem__(self, tasks: slice) -> Episodes:
+        return Episodes(self.support[tasks], self.query[tasks])
+
+    def to(self, device) -> Episodes:
+        return Episodes(self.support.to(device), self.query.to(device))
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Support ``[T, N*K, ...]`` and its labels ``[T, N*K]``, query ``[T, N*Q, ...]`` and its labels ``[T, N*Q]``."""
+        return *_flat(self.support), *_flat(self.query)
+
+
+def _flat(x: Tensor) -> tuple[Tensor, Tensor]:
+    tasks, way, each = x.shape[:3]
+    labels = torch.arange(way, device=x.device).repeat_interleave(each).expand(tasks, -1)
+    return x.flatten(1, 2), labels
+
+
+def sample_without_replacement(counts: Tensor, r: int, generator: torch.Generator) -> Tensor:
+    """For every entry m of `counts` ``[...]``, r different numbers of 0..m-1 in random order: ``[..., r]``.
+
+    Floyd's algorithm (Bentley & Floyd, 1987): draw i is uniform on 0..m-r+i and, if taken already, becomes m-r+i.
+    It needs r draws whatever m is, so a source with clusters of 10 and of 10,000 members costs the same.
+    """
+    draws = torch.rand(*counts.shape, r, generator=generator, device=counts.device, dtype=torch.float64)
+    last = counts.unsqueeze(-1) - r + torch.arange(r, device=counts.device)
+    draws = (draws * (last + 1)).long()
+    chosen = torch.empty_like(draws)
+    for i in range(r):
+        taken = (chosen[..., :i] == draws[..., i : i + 1]).any(-1)
+        chosen[..., i] = torch.where(taken, last[..., i], draws[..., i])
+    order = torch.rand(chosen.shape, generator=generator, device=counts.device).argsort(-1)
+    return chosen.gather(-1, order)
+
+
+class PartitionTasks:
+    """Tasks whose classes are the classes of a partition: labels, clusters, hyperplane cells or chance.
+
+    A partition is an int tensor ``[n]`` of class indices, -1 for images left out; ``[P, n]`` is a stack of P of them,
+    of which each task draws one uniformly, then N of its classes uniformly (not by size), then R = K + Q of their
+    members, all without replacement (CACTUs, Alg. 1). Classes with fewer than R members are not used.
+
+    Raises:
+        ValueError: a partition of other images, or a task that asks for more classes or images than there are.
+    """
+
+    def __init__(self, images: ImageSet, partitions: Tensor | None = None):
+        parts = images.labels if partitions is None else partitions.to(images.labels.device)
+        parts = parts.unsqueeze(0) if parts.dim() == 1 else parts
+        if parts.shape[1] != len(images):
+            raise ValueError(f"the partition is of {parts.shape[1]} images but {images.name} {images.split} has {len(images)}")
+        self.images = images
+        classes = int(parts.max()) + 1
+        if classes < 1:
+            raise ValueError("the partition leaves every image out")
+        # members of class c of partition p: order[p, start[p, c] : start[p, c] + size[p, c]]
+        self.order = parts.argsort(dim=1, stable=True)
+        rows = torch.arange(len(parts), device=parts.device).unsqueeze(1) * (classes + 1)
+        tally = torch.bincount((parts + 1 + rows).flatten(), minlength=len(parts) * (classes + 1))
+        tally = tally.view(len(parts), classes + 1)
+        self.start = tally.cumsum(1)[:, :-1]
+        self.size = tally[:, 1:]
+        self._usable: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def usable(self, r: int) -> tuple[Tensor, Tensor]:
+        """Per partition, its classes with at least r members first ``[P, classes]``, and how many they are ``[P]``."""
+        if r not in self._usable:
+            enough = self.size >= r
+            self._usable[r] = (~enough).int().argsort(dim=1, stable=True), enough.sum(1)
+        return self._usable[r]
+
+    def sample(self, tasks: int, way: int, shot: int, query: int, generator: torch.Generator) -> Episodes:
+        """Draw `tasks` N-way K-shot episodes with Q queries per class.
+
+        Raises:
+            ValueError: a partition has fewer than `way` classes of at least shot + query images.
+        """
+        r = shot + query
+        classes, count = self.usable(r)
+        if int(count.min()) < way:
+            raise ValueError(f"{way}-way tasks with {shot} + {query} images per class need {way} classes of at least {r} images; "
+                             f"{self.images.name} {self.images.split} has {int(count.min())} (largest class: {int(self.size.max())})")
+        device = self.size.device
+        p = torch.randint(len(count), (tasks,), generator=generator, device=device)
+        picked = classes[p].gather(1, sample_without_replacement(count[p], way, generator))  # [T, N]
+        member = sample_without_replacement(self.size[p].gather(1, picked), r, generator)  # [T, N, R]
+        place = self.start[p].gather(1, picked).unsqueeze(2) + member
+        index = self.order[p.view(-1, 1, 1), place]
+        x = self.images.images[index].float().div_(255)
+        return Episodes(x[:, :, :shot], x[:, :, shot:])

@@ -1,0 +1,100 @@
+"""Accuracy of a learner over many tasks, with its interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .episodes import Episodes
+from .maml import accuracy
+
+_BLOCK = 20  # tasks drawn at a time: fixed, so that every learner sees the same tasks whatever fits its memory
+
+
+@dataclass
+class Evaluation:
+    """Per-task accuracies ``[tasks]`` in [0, 1] and the protocol they were measured under."""
+
+    accuracies: Tensor
+    protocol: dict = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Percent."""
+        return 100 * self.accuracies.double().mean().item()
+
+    @property
+    def ci95(self) -> float:
+        """Half-width of the 95 % interval of the mean, percentage points. (eq-ci)"""
+        return interval(self.accuracies)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.ci95:.2f} % over {len(self.accuracies)} tasks"
+
+
+def interval(accuracies: Tensor) -> float:
+    """``1.96 * sigma / sqrt(tasks)`` in percentage points, sigma the population standard deviation over tasks."""
+    a = accuracies.double()
+    return 196 * a.std(correction=0).item() / len(a) ** 0.5
+
+
+def sample_blocks(source, tasks: int, way: int, shot: int, query: int, seed: int, device="cpu"):
+    """Yield `tasks` test episodes in blocks; the same seed gives the same tasks to every learner."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for done in range(0, tasks, _BLOCK):
+        block = source.sample(_BLOCK, way, shot, query, generator)
+        yield block[: tasks - done]
+
+
+def in_chunks(predict, episodes: Episodes, max_images: int) -> Tensor:
+    """Apply `predict` to slices of at most `max_images` images; concatenates on the task axis (the last but two)."""
+    per_task = episodes.support[0, ..., 0, 0, 0].numel() + episodes.query[0, ..., 0, 0, 0].numel()
+    size = max(1, max_images // per_task)
+    return torch.cat([predict(episodes[i : i + size]) for i in range(0, len(episodes), size)], -3)
+
+
+def evaluate(learner, source, *, way: int, shot: int, query: int = 5, tasks: int = 1000, seed: int = 0,
+             max_images: int = 2000) -> Evaluation:
+    """Mean accuracy over `tasks` episodes of `source`, 1000 as in the papers.
+
+    Args:
+        learner: anything with ``predict(episodes) -> logits [T, N*Q, N]``.
+        max_images: how many images are handled at once; lower it if memory runs out.
+    """
+    correct = []
+    for episodes in _progress(sample_blocks(source, tasks, way, shot, query, seed, _device(source)), tasks):
+        logits = in_chunks(learner.predict, episodes, max_images)
+        correct.append(accuracy(logits, episodes.flat()[3]).cpu())
+    return Evaluation(torch.cat(correct), _protocol(source, way, shot, query, tasks, seed))
+
+
+def evaluate_curve(learner, source, at: list[int], *, way: int, shot: int, query: int = 5, tasks: int = 1000,
+                   seed: int = 0, max_images: int = 2000) -> list[Evaluation]:
+    """As `evaluate`, after each number of adaptation steps in `at`, on the same tasks."""
+    correct = []
+    for episodes in _progress(sample_blocks(source, tasks, way, shot, query, seed, _device(source)), tasks):
+        curve = in_chunks(lambda e: learner.predict_curve(e, at), episodes, max_images)
+        correct.append(torch.stack([accuracy(logits, episodes.flat()[3]).cpu() for logits in curve]))
+    protocol = _protocol(source, way, shot, query, tasks, seed)
+    return [Evaluation(a, {**protocol, "steps": s}) for a, s in zip(torch.cat(correct, 1), at)]
+
+
+def _protocol(source, way, shot, query, tasks, seed) -> dict:
+    images = getattr(source, "images", None)
+    data = {} if images is None else {"dataset": images.name, "split": images.split}
+    return {**data, "way": way, "shot": shot, "query": query, "tasks": tasks, "seed": seed}
+
+
+def _device(source):
+    images = getattr(source, "images", None)
+    return "cpu" if images is None else images.images.device
+
+
+def _progress(blocks, tasks):
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return blocks
+    return tqdm(blocks, total=-(-tasks // _BLOCK), desc="evaluate", leave=False, disable=None)

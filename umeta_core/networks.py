@@ -1,0 +1,165 @@
+"""The papers' networks. A network of T tasks takes its weights as a list of tensors with a leading task axis."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fast_conv4 import Geometry, channels_last, conv_block, to_groups
+
+
+def glorot_uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """U(-a, a) with a = sqrt(6 / (fan_in + fan_out)); fans of a filter count its nine taps (Glorot & Bengio, 2010)."""
+    taps = math.prod(shape[2:])
+    bound = math.sqrt(6 / (taps * (shape[0] + shape[1])))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+class Conv4(nn.Module):
+    """Four blocks of 3x3 convolution, batch norm, ReLU and downsampling; optionally a linear head.
+
+    The convolutions have no bias: batch norm subtracts it again, so it changes nothing (CACTUs' code has one).
+
+    Args:
+        channels, size: of the square input images.
+        filters: per convolution (32 in CACTUs' MAML, 64 in its ProtoNets).
+        way: outputs of the linear head; None for a network that embeds only.
+        downsample: "pool" (2x2 max-pool) or "stride" (convolutions of stride 2; CACTUs' MAML on 28x28).
+        head: "flatten" the last map, or take its spatial "mean" (CACTUs' MAML on 28x28).
+        norm: "affine" (learned scale and shift) or "shift" (CACTUs' MAML: no scale; reference code, not in the paper).
+        eps: of batch norm (1e-3 in CACTUs' MAML, 1e-5 in its ProtoNets).
+        head_init: "glorot" or "normal" (N(0, 1); CACTUs' Omniglot and MNIST, reference code, not in the paper).
+        generator: source of the initial weights.
+
+    Raises:
+        ValueError: an unknown option, or images too small for four blocks.
+    """
+
+    blocks = 4
+
+    def __init__(self, channels=1, size=28, filters=64, way=None, *, downsample="pool", head="flatten", norm="affine",
+                 eps=1e-5, head_init="glorot", generator: torch.Generator | None = None):
+        super().__init__()
+        _one_of("downsample", downsample, ("pool", "stride"))
+        _one_of("head", head, ("flatten", "mean"))
+        _one_of("norm", norm, ("affine", "shift"))
+        _one_of("head_init", head_init, ("glorot", "normal"))
+        self.channels, self.size, self.way = channels, size, way
+        self.average = head == "mean"
+        self.geometry = Geometry(stride=1 if downsample == "pool" else 2, pool=downsample == "pool", eps=eps)
+        side = size
+        for _ in range(self.blocks):
+            side = side // 2 if downsample == "pool" else -(-side // 2)
+        if side < 1:
+            raise ValueError(f"images of {size}x{size} are too small for four blocks; use at least 16x16")
+        self.features = filters if self.average else filters * side * side
+        shapes = [(filters, channels if b == 0 else filters, 3, 3) for b in range(self.blocks)]
+        self.weights = nn.ParameterList(
+            nn.Parameter(glorot_uniform(s, generator).contiguous(memory_format=torch.channels_last)) for s in shapes)
+        learned = norm == "affine"
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(filters), learned) for _ in shapes)
+        self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(filters)) for _ in shapes)
+        self.register_buffer("running_mean", torch.zeros(self.blocks, filters))
+        self.register_buffer("running_var", torch.ones(self.blocks, filters))
+        if way is not None:
+            w = torch.randn(way, self.features, generator=generator)
+            self.head_weight = nn.Parameter(w if head_init == "normal" else glorot_uniform(w.shape, generator))
+            self.head_bias = nn.Parameter(torch.zeros(way))
+
+    def tensors(self, way: int | None = None) -> list[Tensor]:
+        """Filter, scale and shift of each block, then weight and bias of the head's first `way` outputs."""
+        body = [t for three in zip(self.weights, self.scales, self.shifts) for t in three]
+        if self.way is None:
+            return body
+        if way is not None and way > self.way:
+            raise ValueError(f"{way}-way tasks need a head of {way} outputs; this network has {self.way}")
+        return [*body, self.head_weight[:way], self.head_bias[:way]]
+
+    def norm_mask(self) -> list[bool]:
+        """For each of `tensors()`: is it a scale or shift of batch norm?"""
+        return [False, True, True] * self.blocks + [False] * (0 if self.way is None else 2)
+
+    def head_mask(self) -> list[bool]:
+        """For each of `tensors()`: does it belong to the head?"""
+        return [False] * (3 * self.blocks) + [True] * (0 if self.way is None else 2)
+
+    def embed(self, x: Tensor, stats: str = "batch", update: bool = False) -> Tensor:
+        """Features ``[n, d]`` of images ``[n, C, H, W]`` with the shared weights.
+
+        `stats` says which batch-norm statistics are used: "batch" (those of x) or "running" (the averages over
+        training, momentum 0.1 and unbiased variance as in PyTorch's BatchNorm2d). `update` adds x to the averages.
+        """
+        if stats == "running":
+            return self._embed_running(x)
+        x = channels_last(x)
+        for b in range(self.blocks):
+            n = x.shape[0] * (x.shape[2] // self.geometry.stride) * (x.shape[3] // self.geometry.stride)
+            x, mean, var = conv_block(x, self.weights[b], self.scales[b], self.shifts[b], self.geometry)
+            if update:
+                self.running_mean[b].lerp_(mean, 0.1)
+                self.running_var[b].lerp_(var * n / (n - 1), 0.1)
+        return self._flatten(x)
+
+    def _embed_running(self, x: Tensor) -> Tensor:
+        """With fixed statistics batch norm is a rescaled filter and a bias, which commute with the max-pool."""
+        x = channels_last(x)
+        for b in range(self.blocks):
+            gain = self.scales[b] * torch.rsqrt(self.running_var[b] + self.geometry.eps)
+            w = self.weights[b] * gain.view(-1, 1, 1, 1)
+            x = F.conv2d(x, w, self.shifts[b] - self.running_mean[b] * gain, self.geometry.stride, self.geometry.padding)
+            x = F.relu_(F.max_pool2d(x, 2) if self.geometry.pool else x)
+        return self._flatten(x)
+
+    def _flatten(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if self.average else x.flatten(1)
+
+    def embed_tasks(self, params: list[Tensor], x: Tensor) -> Tensor:
+        """Features ``[T, n, d]`` of ``[T, n, C, H, W]``; task t has weights ``params[.][t]`` and its own batch statistics."""
+        tasks, n = x.shape[:2]
+        geometry = Geometry(tasks, self.geometry.stride, self.geometry.padding, self.geometry.pool, self.geometry.eps)
+        x = to_groups(x)
+        for b in range(self.blocks):
+            x = conv_block(x, *(p.flatten(0, 1) for p in params[3 * b : 3 * b + 3]), geometry)[0]
+        maps = x.reshape(n, tasks, -1, *x.shape[2:]).transpose(0, 1)
+        return maps.mean((3, 4)) if self.average else maps.flatten(2)
+
+    def forward_tasks(self, params: list[Tensor], x: Tensor) -> Tensor:
+        """Logits ``[T, n, N]`` of images ``[T, n, C, H, W]`` under weights with a leading task axis."""
+        return torch.baddbmm(params[-1].unsqueeze(1), self.embed_tasks(params, x), params[-2].transpose(1, 2))
+
+
+class MLP(nn.Module):
+    """Fully connected network with ReLU between layers, for T tasks at once: ``[T, n, sizes[0]] -> [T, n, sizes[-1]]``."""
+
+    def __init__(self, sizes: list[int], generator: torch.Generator | None = None):
+        super().__init__()
+        self.way = sizes[-1]
+        shapes = list(zip(sizes[1:], sizes[:-1]))
+        self.weights = nn.ParameterList(nn.Parameter(glorot_uniform(s, generator)) for s in shapes)
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(s[0])) for s in shapes)
+
+    def tensors(self, way: int | None = None) -> list[Tensor]:
+        """Weight and bias of each layer; the last layer cut to its first `way` outputs."""
+        flat = [t for two in zip(self.weights, self.biases) for t in two]
+        return [*flat[:-2], flat[-2][:way], flat[-1][:way]]
+
+    def norm_mask(self) -> list[bool]:
+        return [False] * (2 * len(self.weights))
+
+    def head_mask(self) -> list[bool]:
+        return [False] * (2 * len(self.weights) - 2) + [True, True]
+
+    def forward_tasks(self, params: list[Tensor], x: Tensor) -> Tensor:
+        x = x.flatten(2)
+        for i in range(0, len(params), 2):
+            x = torch.baddbmm(params[i + 1].unsqueeze(1), x, params[i].transpose(1, 2))
+            x = F.relu(x) if i < len(params) - 2 else x
+        return x
+
+
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{what}={value!r} is not known; use one of {', '.join(known)}")

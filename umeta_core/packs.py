@@ -1,0 +1,204 @@
+"""Image files on disk: the cache folder, atomic writes, archives, and JPEGs decoded once into a memory-mapped file.
+
+A *JPEG pack* is an .npz with `jpeg_header` (the bytes that every image of the file starts with), `jpeg_data` (the rest
+of every image, end to end) and `offsets` [n + 1]: image i is `jpeg_header + jpeg_data[offsets[i]:offsets[i + 1]]`.
+"""
+
+import hashlib
+import io
+import os
+import shutil
+import uuid
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def cache_folder():
+    """Folder for downloaded and decoded data: $UMETA_CACHE, else the platform's cache folder for umeta."""
+    chosen = os.environ.get("UMETA_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    try:
+        import platformdirs
+    except ImportError:
+        return Path.home() / ".cache" / "umeta"
+    return Path(platformdirs.user_cache_dir("umeta"))
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary path beside `path` that takes its name at the end; after an error nothing is left behind."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to {path.parent} ({error.strerror}): choose another with UMETA_CACHE") from None
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder):
+    """Yield a temporary folder whose entries replace those of `folder` at the end; after an error it is removed."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{uuid.uuid4().hex[:8]}-{folder.name}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        folder.mkdir(exist_ok=True)
+        for entry in temporary.iterdir():
+            if (folder / entry.name).is_dir():
+                shutil.rmtree(folder / entry.name)
+            os.replace(entry, folder / entry.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_archive(path, *keys):
+    """The arrays `keys` of the .npz file `path`, as a list. ValueError names a file cut short or without a key."""
+    try:
+        with np.load(path) as archive:
+            return [archive[key] for key in keys]
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}): delete it and get it again") from error
+
+
+def write_archive(path, **arrays):
+    """Write the compressed .npz file `path` atomically."""
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def sha256(path):
+    """Hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def cached_array(label, sources, shape, fill):
+    """Memory-mapped uint8 array of `shape`, filled once by `fill(array)` and kept in the cache folder.
+
+    The file's name carries the names, sizes and modification times of the files `sources`, so a changed source is
+    decoded anew. The map is copy-on-write: the file never changes, and only the pages that are read occupy memory.
+    """
+    stamp = hashlib.sha256(repr(tuple(shape)).encode())
+    for source in sources:
+        status = os.stat(source)
+        stamp.update(f"{Path(source).name}/{status.st_size}/{status.st_mtime_ns};".encode())
+    path = cache_folder() / "arrays" / f"{label}-{stamp.hexdigest()[:16]}.npy"
+    if not path.exists():
+        with atomic(path) as temporary:
+            # A memory map on a full disk ends in a bus error, not an exception: look first.
+            needed, free = int(np.prod(shape)), shutil.disk_usage(temporary.parent).free
+            if free < needed:
+                raise OSError(f"{path.parent} has {free >> 20} MB free, {label} needs {needed >> 20} MB: "
+                              "choose another folder with UMETA_CACHE")
+            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=tuple(shape))
+            fill(array)
+            array.flush()
+            del array
+    return np.load(path, mmap_mode="c")
+
+
+def progress(iterable, total, what):
+    """`iterable` with a progress bar, or as it is where tqdm is not installed."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return iterable
+    return tqdm(iterable, total=total, desc=what, unit=" images", unit_scale=True, mininterval=1.0, leave=False)
+
+
+def decode(image_file, array, what, crop=None):
+    """Decode image i, `image_file(i)` (a path or a binary file), into array[i], uint8 [3, size, size], for all i.
+
+    An image of another size is cut to its central `crop` x `crop` pixels (where given) and resized (Lanczos, as the
+    mini-ImageNet script of Finn et al. 2017 does). Threads share the work: Pillow releases the interpreter lock.
+    """
+    from PIL import Image
+
+    size = array.shape[-1]
+
+    def one(i):
+        source = image_file(i)
+        try:
+            with Image.open(source) as image:
+                image = image.convert("RGB")
+        except OSError as error:
+            name = source if isinstance(source, (str, Path)) else f"image {i} of {what}"
+            raise ValueError(f"{name} is truncated or corrupt ({error}): get it again") from None
+        if crop and image.size != (size, size):
+            left, top = (image.width - crop) // 2, (image.height - crop) // 2
+            image = image.crop((left, top, left + crop, top + crop))
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.LANCZOS)
+        array[i] = np.asarray(image).transpose(2, 0, 1)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for _ in progress(pool.map(one, range(len(array))), len(array), f"decoding {what}"):
+            pass
+
+
+def decode_pack(path, size):
+    """All images of a JPEG pack: memory-mapped uint8 [n, 3, size, size], decoded the first time only."""
+    path = Path(path)
+    (offsets,) = read_archive(path, "offsets")
+
+    def fill(array):
+        header, data = read_archive(path, "jpeg_header", "jpeg_data")
+        if offsets[-1] != len(data):
+            raise ValueError(f"{path} is truncated or corrupt (its offsets do not fit its data): get it again")
+        header, data = header.tobytes(), data.tobytes()
+        decode(lambda i: io.BytesIO(header + data[offsets[i] : offsets[i + 1]]), array, path.stem)
+
+    return cached_array(path.stem, [path], (len(offsets) - 1, 3, size, size), fill)
+
+
+def decode_files(files, size, label, crop=None):
+    """All images of a list of files: memory-mapped uint8 [n, 3, size, size], decoded the first time only."""
+    return cached_array(label, files, (len(files), 3, size, size),
+                        lambda array: decode(lambda i: files[i], array, label, crop))
+
+
+def encode_pack(path, images, quality=75, **arrays):
+    """Write uint8 images [n, 3, height, width] as a JPEG pack (lossy) with further `arrays` beside them."""
+    from PIL import Image
+
+    header, rest, offsets = None, [], [0]
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1))).save(buffer, "JPEG", quality=quality)
+        data = buffer.getvalue()
+        scan = data.index(b"\xff\xda")  # start of scan: from here on the bytes are the image's own
+        scan += 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
+        header = header or data[:scan]
+        if data[:scan] != header:
+            raise ValueError("the images do not share one JPEG header: are they all of one size?")
+        rest.append(data[scan:])
+        offsets.append(offsets[-1] + len(data) - scan)
+    write_archive(path, jpeg_header=np.frombuffer(header, np.uint8), jpeg_data=np.frombuffer(b"".join(rest), np.uint8),
+                  offsets=np.array(offsets, np.int64), **arrays)
+
+
+def resize(images, size, chunk=2000):
+    """uint8 images [n, channels, h, w] (tensor) to uint8 [n, channels, size, size]: antialiased bilinear, rounded."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return torch.cat([
+        torch.nn.functional.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
+        .round_().clamp_(0, 255).to(torch.uint8)
+        for part in images.split(chunk)
+    ])

@@ -1,0 +1,70 @@
+"""Prototypical networks (Snell et al., 2017) as CACTUs uses them, for T tasks at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .episodes import Episodes
+from .maml import accuracy, cross_entropy
+
+
+def prototypes(z: Tensor) -> Tensor:
+    """Class means ``[T, N, d]`` of support features ``[T, N, K, d]``. (eq-prototype)"""
+    return z.mean(2)
+
+
+def squared_distances(z: Tensor, c: Tensor, reduce: str = "sum") -> Tensor:
+    """Squared Euclidean distances ``[T, n, N]`` of features ``[T, n, d]`` to prototypes ``[T, N, d]``. (eq-proto-distance)
+
+    Expanded to ``|z|^2 - 2 z.c + |c|^2``, so that the work is one matrix product. `reduce` "mean" divides by d (LASIUM's code).
+    """
+    d = z.square().sum(2, keepdim=True) - 2 * z @ c.transpose(1, 2) + c.square().sum(2).unsqueeze(1)
+    return d if reduce == "sum" else d / z.shape[2]
+
+
+class ProtoNet(nn.Module):
+    """Classify a query by the nearest mean of the embedded support images of each class. (eq-proto-posterior)
+
+    Args:
+        network: `Conv4` without a head.
+        distance: "sum" of squared differences over features, or their "mean" (LASIUM; reference code).
+        batch_norm: statistics in `predict`. "inductive": averages gathered in training (CACTUs' released evaluation;
+            reference code, not in the paper). "transductive": those of the task's support and query images together.
+    """
+
+    def __init__(self, network: nn.Module, *, distance="sum", batch_norm="inductive"):
+        super().__init__()
+        if distance not in ("sum", "mean"):
+            raise ValueError(f"distance={distance!r} is not known; use sum or mean")
+        if batch_norm not in ("inductive", "transductive"):
+            raise ValueError(f"batch_norm={batch_norm!r} is not known; use inductive or transductive")
+        self.network, self.distance, self.batch_norm = network, distance, batch_norm
+
+    def _logits(self, z: Tensor, episodes: Episodes) -> Tensor:
+        """From features ``[T, N*K + N*Q, d]``, support first."""
+        n = episodes.way * episodes.shot
+        support = z[:, :n].unflatten(1, (episodes.way, episodes.shot))
+        return -squared_distances(z[:, n:], prototypes(support), self.distance)
+
+    def loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Mean query cross-entropy ``[T]`` and accuracy ``[T]``.
+
+        All images of the batch, support and query, pass the network together and share batch statistics.
+        """
+        xs, _, xq, yq = episodes.flat()
+        x = torch.cat([xs, xq], 1)
+        z = self.network.embed(x.flatten(0, 1), update=True).unflatten(0, x.shape[:2])
+        logits = self._logits(z, episodes)
+        return cross_entropy(logits, yq), accuracy(logits.detach(), yq)
+
+    @torch.no_grad()
+    def predict(self, episodes: Episodes) -> Tensor:
+        """Query logits ``[T, N*Q, N]``: negative squared distances to the prototypes."""
+        xs, _, xq, _ = episodes.flat()
+        x = torch.cat([xs, xq], 1)
+        if self.batch_norm == "inductive":
+            z = self.network.embed(x.flatten(0, 1), stats="running").unflatten(0, x.shape[:2])
+        else:
+            z = self.network.embed_tasks([p.expand(len(x), *p.shape) for p in self.network.tensors()], x)
+        return self._logits(z, episodes)

@@ -1,0 +1,361 @@
+"""Records of our runs, the published numbers, and the comparison between them.
+
+A *record* is one JSON file per experiment row and seed, ``results/<paper>/<row>-<scale>-seed<k>.json``.
+A *published number* is one line of ``results/paper/<paper>.csv``; how those files were made and checked is told in
+``results/paper/NOTES.md``. All accuracies and intervals here are percentages, and every interval is the half-width of
+a 95 % interval over tasks.
+"""
+
+import csv
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECORDS_URL = "https://github.com/umeta-book/umeta/blob/main/results"
+VERDICTS = ("reproduced", "higher", "lower", "reduced budget", "not run", "no published number")
+TOLERANCE = 1.5  # percentage points: a difference this small is called reproduced whatever the intervals say
+
+# The papers' dataset names and ours. A name that is missing here is its own.
+DATASETS = {"Omniglot": "omniglot", "miniImageNet": "mini_imagenet", "MNIST": "mnist", "CelebA-attributes": "celeba"}
+
+_NUMBER, _TEXT = (int, float), (str,)
+FIELDS = {
+    "paper": _TEXT, "table": _TEXT, "row": _TEXT, "method": _TEXT, "embedding": _TEXT, "variant": _TEXT,
+    "dataset": _TEXT, "scale": _TEXT, "seed": (int,), "steps": (int,), "paper_steps": (int,),
+    "tasks_per_step": (int,), "cells": (list,), "seconds": _NUMBER, "device": _TEXT,
+    "commit": (str, type(None)), "versions": (dict,), "protocol": (dict,), "notebook": (str, type(None)),
+    "created": _TEXT,
+}  # fmt: skip
+CELL_FIELDS = {"way": (int,), "shot": (int,), "query": (int,), "accuracy": _NUMBER, "ci95": _NUMBER, "tasks": (int,)}
+SCALES = ("smoke", "quick", "full")
+
+
+def results_folder(folder=None) -> Path:
+    """The folder of records: the argument, else ``$UMETA_RESULTS``, the repository's ``results``, or ``./results``."""
+    if folder is not None:
+        return Path(folder)
+    if os.environ.get("UMETA_RESULTS"):
+        return Path(os.environ["UMETA_RESULTS"])
+    own = REPOSITORY / "results"
+    return own if own.is_dir() else Path("results")
+
+
+# Published numbers -------------------------------------------------------------------------------------------------
+
+
+def published(paper: str, folder=None) -> list[dict]:
+    """Every published number of ``paper``, in the order of its CSV file.
+
+    Returns dicts with the CSV's columns. ``value`` is a float in percent, or the printed text where the paper gives
+    none; ``ci`` is a float or None; ``way`` and ``shot`` are ints or None.
+
+    Raises FileNotFoundError, naming the papers there are, when there is no such file.
+    """
+    for root in (results_folder(folder), REPOSITORY / "results"):
+        path = root / "paper" / f"{paper}.csv"
+        if path.is_file():
+            with open(path, newline="", encoding="utf-8") as file:
+                return [_typed(row) for row in csv.DictReader(file)]
+    known = sorted(path.stem for path in (REPOSITORY / "results" / "paper").glob("*.csv") if "hparams" not in path.stem)
+    hint = f"known papers: {', '.join(known)}" if known else "run in a clone of the repository, or set UMETA_RESULTS"
+    raise FileNotFoundError(f"no published numbers for {paper!r}; {hint}")
+
+
+def _typed(row: dict) -> dict:
+    row = dict(row, table=row["table"].strip())
+    for name, convert in (("value", float), ("ci", float), ("way", int), ("shot", int)):
+        text = row.get(name, "")
+        try:
+            row[name] = convert(text)
+        except ValueError:
+            row[name] = text if name == "value" else None
+    return row
+
+
+# Records -----------------------------------------------------------------------------------------------------------
+
+
+def check_record(record: dict, source: str = "record") -> None:
+    """Raise ValueError, naming the field, unless ``record`` has every required field with a sensible value."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{source}: a record is a JSON object, not {type(record).__name__}")
+    _check_fields(record, FIELDS, source)
+    if record["scale"] not in SCALES:
+        raise ValueError(f"{source}: scale is {record['scale']!r}, must be one of {', '.join(SCALES)}")
+    if not record["cells"]:
+        raise ValueError(f"{source}: cells is empty, a record needs at least one measured number")
+    for number, cell in enumerate(record["cells"]):
+        _check_fields(cell, CELL_FIELDS, f"{source}: cell {number}")
+        if not 0 <= cell["accuracy"] <= 100 or not 0 <= cell["ci95"] <= 100:
+            raise ValueError(f"{source}: cell {number}: accuracy and ci95 are percentages, between 0 and 100")
+
+
+def _check_fields(mapping: dict, fields: dict, source: str) -> None:
+    for name, types in fields.items():
+        if name not in mapping:
+            raise ValueError(f"{source}: field {name!r} is missing")
+        value = mapping[name]
+        if not isinstance(value, types) or isinstance(value, bool):
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            raise ValueError(f"{source}: field {name!r} is {value!r}, must be {wanted}")
+
+
+def record_path(paper: str, row: str, scale: str, seed: int, folder=None) -> Path:
+    """Where a record lives: ``<folder>/<paper>/<row>-<scale>-seed<seed>.json``."""
+    return results_folder(folder) / paper / f"{row}-{scale}-seed{seed}.json"
+
+
+def write_record(record: dict, folder=None) -> Path:
+    """Check ``record``, write it in one step (a reader never sees half a file), and return its path."""
+    check_record(record)
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    path = record_path(record["paper"], record["row"], record["scale"], record["seed"], folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_record(path) -> dict:
+    """Read and check one record. Raises ValueError that names the file when it is not a valid record."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); delete the file and run the row again") from None
+    check_record(record, str(path))
+    return record
+
+
+def read_records(paper: str, folder=None) -> list[dict]:
+    """All records of ``paper``, sorted by file name; each has its path in an extra field ``file``."""
+    paths = sorted((results_folder(folder) / paper).glob("*.json"))
+    return [dict(read_record(path), file=str(path)) for path in paths]
+
+
+def provenance(device="cpu") -> dict:
+    """Where a number came from: commit, whether the code differed from it, versions, device name, time (UTC)."""
+    import numpy
+    import torch
+
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", "umeta_core")
+    return {
+        "commit": commit,
+        "dirty": bool(changes) or commit is None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+        "device": device_name(device),
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git(*arguments):
+    try:
+        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=30,
+                              check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def device_name(device) -> str:
+    """The name of the GPU, or of the processor with the number of threads that torch uses."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name} ({torch.get_num_threads()} threads)"
+
+
+# Comparison --------------------------------------------------------------------------------------------------------
+
+
+def verdict(paper, paper_ci, ours, ci95=0.0, spread=0.0, reduced=False) -> str:
+    """Say in a word how a measured number stands beside the published one (all arguments in percent).
+
+    *reproduced*: the difference is at most the largest of 1.5 points, twice the standard deviation over seeds
+    (``spread``), and the two intervals together. *higher* and *lower* are what they say. *reduced budget*: the run
+    was smaller than the paper's, so the difference is shown but not judged.
+    """
+    if ours is None:
+        return "not run"
+    if not isinstance(paper, _NUMBER):
+        return "no published number"
+    if reduced:
+        return "reduced budget"
+    if abs(ours - paper) <= max(TOLERANCE, 2 * spread, (paper_ci or 0.0) + ci95):
+        return "reproduced"
+    return "higher" if ours > paper else "lower"
+
+
+def matches(number: dict, record: dict) -> bool:
+    """Whether a record measures a published number (the cell aside).
+
+    In the record's own table every setting has to agree. Main-text tables repeat appendix numbers with fewer
+    settings printed, so there the printed settings have to be among the record's.
+    """
+    if record["dataset"] != DATASETS.get(number["dataset"], number["dataset"]):
+        return False
+    if (record["method"], record["embedding"]) != (number["method"], number["embedding"]):
+        return False
+    if record["table"] == number["table"]:
+        return record["variant"] == number["variant"]
+    return _settings(number["variant"]) <= _settings(record["variant"])
+
+
+def _settings(variant: str) -> set:
+    return {part.strip() for part in variant.split(";") if part.strip()}
+
+
+def is_reduced(record: dict) -> bool:
+    """Whether a run was smaller than the paper's: a smaller scale, fewer steps, or a departure stated in the row."""
+    return record["scale"] != "full" or record["steps"] < record["paper_steps"] or bool(record.get("deviation"))
+
+
+def compare(paper: str, table=None, dataset: str | None = None, folder=None) -> list[dict]:
+    """Join every published number of a table with our records.
+
+    Returns one dict per number with ``paper, paper_ci, ours, ci95, spread, difference, verdict``, the settings of the
+    number, and ``seeds, scale, steps, paper_steps, deviation, files`` of the records behind ``ours`` (the mean over
+    seeds). Where several runs measure the same number the largest counts. ``dataset`` keeps one dataset by our name;
+    for one that the paper does not have (glyphs), the same methods are listed without a published value.
+
+    Raises ValueError, naming the tables there are, for an unknown table.
+    """
+    numbers, records = published(paper, folder), read_records(paper, folder)
+    tables = list(dict.fromkeys(number["table"] for number in numbers))
+    if table is not None:
+        if str(table) not in tables:
+            raise ValueError(f"{paper} has no table {table!r}; its tables: {', '.join(tables)}")
+        numbers = [number for number in numbers if number["table"] == str(table)]
+    if dataset is not None:
+        ours = [number for number in numbers if DATASETS.get(number["dataset"], number["dataset"]) == dataset]
+        numbers = ours or _unpublished(records, dataset)
+    return [_compared(number, records) for number in numbers]
+
+
+def _unpublished(records: list[dict], dataset: str) -> list[dict]:
+    """Stand-ins for the published numbers of a dataset that the paper does not have, from the records alone."""
+    keys = {
+        (record["table"], record["method"], record["embedding"], record["variant"], cell["way"], cell["shot"]): None
+        for record in records if record["dataset"] == dataset for cell in record["cells"]
+    }  # fmt: skip
+    names = ("table", "method", "embedding", "variant", "way", "shot")
+    rest = {"dataset": dataset, "value": None, "ci": None, "metric": "accuracy", "notes": ""}
+    return [dict(zip(names, key, strict=True), **rest) for key in keys]
+
+
+def _compared(number: dict, records: list[dict]) -> dict:
+    settings = ("table", "dataset", "method", "embedding", "variant", "way", "shot", "metric", "notes")
+    row = {name: number[name] for name in settings}
+    row.update(paper=number["value"], paper_ci=number["ci"], ours=None, ci95=None, spread=None, difference=None)
+    row.update(seeds=[], scale=None, steps=None, paper_steps=None, deviation="", files=[])
+    runs = _largest_run(number, records)
+    if runs:
+        cells = [cell for _, cell in runs]
+        first = runs[0][0]
+        row["ours"] = statistics.fmean(cell["accuracy"] for cell in cells)
+        row["ci95"] = math.sqrt(sum(cell["ci95"] ** 2 for cell in cells)) / len(cells)
+        row["spread"] = statistics.stdev(cell["accuracy"] for cell in cells) if len(cells) > 1 else 0.0
+        if isinstance(row["paper"], _NUMBER):
+            row["difference"] = row["ours"] - row["paper"]
+        row.update(seeds=[record["seed"] for record, _ in runs], files=[record["file"] for record, _ in runs])
+        row.update(scale=first["scale"], steps=min(record["steps"] for record, _ in runs))
+        row.update(paper_steps=first["paper_steps"], deviation=first.get("deviation", ""))
+    reduced = any(is_reduced(record) for record, _ in runs)
+    row["verdict"] = verdict(row["paper"], row["paper_ci"], row["ours"], row["ci95"], row["spread"], reduced)
+    return row
+
+
+def _largest_run(number: dict, records: list[dict]) -> list[tuple[dict, dict]]:
+    """The (record, cell) pairs, one per seed, of the largest run that measures a published number; maybe none."""
+    runs: dict = {}
+    for record in records:
+        if number["metric"] == "accuracy" and matches(number, record):
+            for cell in record["cells"]:
+                if (cell["way"], cell["shot"]) == (number["way"], number["shot"]):
+                    size = (SCALES.index(record["scale"]), not record.get("deviation"), record["steps"])
+                    runs.setdefault((*size, record["row"]), []).append((record, cell))
+    return runs[max(runs)] if runs else []
+
+
+# Tables ------------------------------------------------------------------------------------------------------------
+
+_HEADER = ("method", "way, shot", "paper", "ours", "difference", "verdict")
+
+
+def _label(row: dict) -> str:
+    return ", ".join(part for part in (row["method"], row["embedding"], row["variant"].replace(";", ", ")) if part)
+
+
+def _interval(value, ci) -> str:
+    if not isinstance(value, _NUMBER):
+        return value or "-"
+    return f"{value:.2f} ± {ci:.2f}" if ci is not None else f"{value:.2f}"
+
+
+def _cells(row: dict) -> tuple:
+    """One line of a table as text: what was measured, published, measured by us, difference, verdict."""
+    verdict_text = row["verdict"]
+    if row["scale"] not in (None, "full"):
+        verdict_text += f" ({row['scale']})"
+    if row["ours"] is not None and row["steps"] < row["paper_steps"]:
+        verdict_text += f"; {row['steps']:,} of {row['paper_steps']:,} steps"
+    if row["deviation"]:
+        verdict_text += f"; {row['deviation']}"
+    if len(row["seeds"]) > 1:
+        verdict_text += f"; {len(row['seeds'])} seeds, std {row['spread']:.2f}"
+    difference = "-" if row["difference"] is None else f"{row['difference']:+.2f}"
+    place = f"{row['way']}, {row['shot']}" if row["way"] else row["metric"]
+    return _label(row), place, _interval(row["paper"], row["paper_ci"]), _interval(row["ours"], row["ci95"]), \
+        difference, verdict_text  # fmt: skip
+
+
+def table_rows(paper: str, table=None, dataset=None, measured_only: bool = False, folder=None) -> list[dict]:
+    """The rows of ``compare``, without the numbers that were not run if ``measured_only``."""
+    rows = compare(paper, table, dataset, folder)
+    return [row for row in rows if row["ours"] is not None] if measured_only else rows
+
+
+def table_text(paper: str, table=None, dataset=None, measured_only: bool = False, folder=None) -> str:
+    """The comparison for the terminal: aligned columns, then a count of each verdict."""
+    rows = table_rows(paper, table, dataset, measured_only, folder)
+    lines = [_HEADER, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    counts = [f"{sum(row['verdict'] == name for row in rows)} {name}" for name in VERDICTS]
+    return "\n".join([*text, "", f"{len(rows)} numbers: " + ", ".join(c for c in counts if not c.startswith("0 "))])
+
+
+def table_markdown(
+    paper: str, table=None, dataset=None, measured_only: bool = False, folder=None, name=None, caption=None
+) -> str:
+    """The comparison as a MyST ``table`` directive with a name and a caption; measured cells link to their records."""
+    rows = table_rows(paper, table, dataset, measured_only, folder)
+    place = "" if table is None else f" Table {table}"
+    name = name or "-".join(str(part) for part in ("tab", paper, table, dataset) if part is not None).replace(" ", "-")
+    caption = caption or f"{paper}{place}: published and measured accuracy (%, 95 % interval over tasks)."
+    lines = ["| " + " | ".join(_HEADER) + " |", "|" + " --- |" * len(_HEADER)]
+    for row in rows:
+        cells = [cell.replace("|", "\\|") for cell in _cells(row)]
+        if row["files"]:
+            first, *others = (f"{RECORDS_URL}/{paper}/{Path(file).name}" for file in row["files"])
+            more = "".join(f" [{number}]({url})" for number, url in enumerate(others, start=2))
+            cells[3] = f"[{cells[3]}]({first}){more}"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([f"```{{table}} {caption}", f":name: {name}", "", *lines, "```", ""])

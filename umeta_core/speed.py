@@ -1,0 +1,20 @@
+"""Settings of the process that make the same arithmetic faster."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+def tune_cpu() -> bool:
+    """Tell glibc to keep large freed blocks instead of returning them to the system; True where it applied.
+
+    A training step frees and asks for the same few megabytes again and again; page faults are a third to a half of
+    its time otherwise. The price is that the process keeps its peak memory. Never called at import: the command
+    line and the notebooks call it first thing. Does nothing on systems without glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    mmap_threshold, trim_threshold = -3, -1
+    return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, 2**31 - 1))

@@ -1,0 +1,221 @@
+"""The one meta-training loop: progress, validation, checkpoints, exact resume, several processes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .episodes import Episodes
+
+
+class NonFiniteLoss(RuntimeError):
+    """The training loss became NaN or infinite; the last checkpoint is from before."""
+
+
+def train(learner: nn.Module, source, *, steps: int, tasks: int, way: int, shot: int, query: int, lr: float = 1e-3,
+          clip: float | None = None, seed: int = 0, device="cpu", checkpoint: str | Path | None = None, save_every: float = 120,
+          validate: Callable[[nn.Module], float] | None = None, validate_every: int = 0, log_every: int = 100,
+          config: dict | None = None, progress: bool = True) -> dict:
+    """Meta-train with Adam on episodes of `source`; returns the history.
+
+    Args:
+        learner: ``loss(episodes) -> (losses [T], accuracies [T])``.
+        source: ``sample(tasks, way, shot, query, generator) -> Episodes``.
+        tasks: episodes per step, over all processes together.
+        lr: of Adam; clip: bound on each entry of the gradient (CACTUs, mini-ImageNet; reference code).
+        checkpoint: file to resume from if it exists and to write every `save_every` seconds and at the end. A resumed
+            run continues bit-identically on the CPU.
+        validate: called every `validate_every` steps; its value goes into the history.
+        config: what else must agree for a checkpoint to fit, for example the network's size.
+
+    Under ``torchrun`` each process takes its share of every batch of tasks, gradients are averaged, and process 0
+    prints and writes. All processes draw the same batch, so the tasks are those of a single process.
+
+    Returns:
+        ``{"step": [...], "loss": [...], "accuracy": [...], "validation": [[step, value], ...], "seconds": float}``,
+        loss and accuracy averaged since the entry before.
+
+    Raises:
+        NonFiniteLoss: the loss is not finite; nothing is written from then on.
+        ValueError: the checkpoint belongs to another run (the message names the fields that differ).
+    """
+    run = _Run(learner, source, dict(config or {}, tasks=tasks, way=way, shot=shot, query=query, lr=lr, clip=clip, seed=seed),
+               lr, clip, seed, device, checkpoint)
+    report = _Report(run, steps, progress and run.rank == 0)
+    saved = time.monotonic()
+    learner.train()
+    while run.step < steps:
+        started = time.perf_counter()
+        run.one_step(tasks, way, shot, query)
+        run.history["seconds"] += time.perf_counter() - started
+        if run.step % log_every == 0 or run.step == steps:
+            run.log()
+            report.show()
+        if validate and validate_every and run.step % validate_every == 0:
+            run.history["validation"].append([run.step, validate(learner)])
+        if checkpoint and (time.monotonic() - saved > save_every or run.step == steps):
+            run.save()
+            saved = time.monotonic()
+    report.close()
+    return run.history
+
+
+class _Run:
+    """The state of a run: everything that a checkpoint holds."""
+
+    def __init__(self, learner, source, config, lr, clip, seed, device, checkpoint):
+        self.learner, self.source, self.config, self.clip = learner, source, config, clip
+        self.checkpoint = Path(checkpoint) if checkpoint else None
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.params = [p for p in learner.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.params, lr=lr)
+        self.step = 0
+        self.history = {"step": [], "loss": [], "accuracy": [], "validation": [], "seconds": 0.0}
+        self.recent: list[torch.Tensor] = []
+        self.rank, self.world = _processes()
+        if self.checkpoint and self.checkpoint.exists():
+            self.load()
+
+    def one_step(self, tasks: int, way: int, shot: int, query: int) -> None:
+        episodes = self.source.sample(tasks, way, shot, query, self.generator)
+        losses, accuracies = self.learner.loss(self._share(episodes))
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.mean().backward()
+        mean = torch.stack([losses.detach().mean(), accuracies.mean()])
+        if self.world > 1:
+            _average([p.grad for p in self.params] + [mean])
+        self.recent.append(mean)
+        if mean.device.type == "cpu":
+            self._check(mean)
+        if self.clip is not None:
+            nn.utils.clip_grad_value_(self.params, self.clip)
+        self.optimizer.step()
+        self.step += 1
+
+    def _share(self, episodes: Episodes) -> Episodes:
+        if self.world == 1:
+            return episodes
+        if len(episodes) % self.world:
+            raise ValueError(f"{len(episodes)} tasks per step cannot be split evenly over {self.world} processes")
+        each = len(episodes) // self.world
+        return episodes[self.rank * each : (self.rank + 1) * each]
+
+    def _check(self, mean: torch.Tensor) -> None:
+        if not torch.isfinite(mean).all():
+            kept = f"; the last checkpoint, {self.checkpoint}, is from before" if self.checkpoint else ""
+            raise NonFiniteLoss(f"the loss became {mean[0].item()} at step {self.step}{kept}. Lower the learning rates or clip the gradient.")
+
+    def log(self) -> None:
+        mean = torch.stack(self.recent).mean(0)
+        self._check(mean)
+        self.recent = []
+        for key, value in zip(("step", "loss", "accuracy"), (self.step, *mean.tolist())):
+            self.history[key].append(value)
+
+    def save(self) -> None:
+        if self.rank != 0:
+            return
+        if self.recent:
+            self._check(torch.stack(self.recent).mean(0))
+        state = {"step": self.step, "learner": self.learner.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "generator": self.generator.get_state(), "config": self.config, "history": self.history,
+                 "recent": self.recent, "versions": versions()}
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.checkpoint.with_name(self.checkpoint.name + ".part")
+        torch.save(state, partial)
+        os.replace(partial, self.checkpoint)
+
+    def load(self) -> None:
+        state = read_checkpoint(self.checkpoint)
+        old, new = state["config"], self.config
+        differ = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        if differ:
+            raise ValueError(f"{self.checkpoint} belongs to another run ({'; '.join(differ)}); choose another file or the same settings")
+        try:
+            self.learner.load_state_dict(state["learner"])
+        except RuntimeError as error:
+            raise ValueError(f"{self.checkpoint} holds another network: {str(error).splitlines()[-1].strip()}") from None
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        self.step, self.history, self.recent = state["step"], state["history"], state["recent"]
+
+
+class _Report:
+    """A progress bar on a terminal, else a line every half minute."""
+
+    def __init__(self, run: _Run, steps: int, shown: bool):
+        self.run, self.steps, self.shown, self.bar = run, steps, shown and not os.environ.get("TQDM_DISABLE"), None
+        self.started, self.first, self.last = time.monotonic(), run.step, time.monotonic()
+        if self.shown and sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=steps, initial=run.step, unit="step")
+
+    def show(self) -> None:
+        if not self.shown:
+            return
+        h, run = self.run.history, self.run
+        text = f"loss {h['loss'][-1]:.4f} accuracy {100 * h['accuracy'][-1]:.1f} %"
+        if h["validation"]:
+            text += f" validation {h['validation'][-1][1]:.2f} %"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(run.step - self.bar.n)
+        elif time.monotonic() - self.last > 30 or run.step == self.steps:
+            self.last = time.monotonic()
+            rate = (run.step - self.first) / (self.last - self.started)
+            left = (self.steps - run.step) / rate
+            print(f"step {run.step}/{self.steps}  {text}  {rate:.1f} steps/s  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The contents of a checkpoint, tensors on the CPU.
+
+    Raises:
+        ValueError: the file is not a checkpoint, or is damaged.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        assert {"step", "learner", "optimizer", "generator", "config", "history"} <= set(state)
+    except FileNotFoundError:
+        raise
+    except Exception:
+        raise ValueError(f"{path} is not a readable checkpoint; delete it to start afresh") from None
+    return state
+
+
+def versions() -> dict[str, str]:
+    """What the numbers may depend on."""
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def _processes() -> tuple[int, int]:
+    """Rank and number of processes; joins the group that ``torchrun`` describes in the environment."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _average(tensors: list[torch.Tensor]) -> None:
+    """Average in place over processes, as one message."""
+    import torch.distributed as dist
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    at = 0
+    for t in tensors:
+        t.copy_(flat[at : at + t.numel()].view_as(t))
+        at += t.numel()
