@@ -125,3 +125,10 @@ class PartitionTasks:
         index = self.order[p.view(-1, 1, 1), place]
         x = self.images.images[index].float().div_(255)
         return Episodes(x[:, :, :shot], x[:, :, shot:])
+
+
+def running_example() -> Episodes:
+    """The book's one fixed episode: 5-way 1-shot, 5 queries, unseen scripts of the glyphs; ``[1, 5, 1 | 5, 1, 28, 28]``."""
+    from .data import load
+
+    return PartitionTasks(load("glyphs", "test")).sample(1, 5, 1, 5, torch.Generator().manual_seed(7))

@@ -206,7 +206,7 @@ def choose_classes(faces: list) -> list[tuple[int, str]]:
 
 
 def _candidates() -> list[tuple[int, str]]:
-    """Letters, digits, punctuation and symbols, without those made of a letter and an accent: too near to the letter."""
+    """Letters, digits, punctuation and symbols, except letters with an accent, which are too near to the plain ones."""
     found = {}
     for script, (_, _, ranges) in SCRIPTS.items():
         for ends in ranges.split():
