@@ -260,8 +260,9 @@ class _BlockForward(torch.autograd.Function):
         block.out = out.detach()  # the output itself would close a reference cycle and never be freed
         ctx.save_for_backward(x, w, scale)
         ctx.block = block
-        ctx.mark_non_differentiable(block.mean, block.var)
-        return out, block.mean, block.var
+        mean = block.mean if block.sign is None else block.mean * block.sign  # of w itself, not of the flipped filter
+        ctx.mark_non_differentiable(mean, block.var)
+        return out, mean, block.var
 
     @staticmethod
     def backward(ctx, gout, *_):
