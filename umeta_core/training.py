@@ -196,7 +196,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def versions() -> dict[str, str]:
     """What the numbers may depend on."""
-    return {"python": platform.python_version(), "torch": torch.__version__}
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}
 
 
 def _processes() -> tuple[int, int]:
