@@ -1,0 +1,546 @@
+"""Data sets: formats, protocols, where they are looked for, and what is said when they are missing or damaged."""
+
+import subprocess
+import sys
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from umeta_core import data, omniglot, packs, readers
+from umeta_core.attributes import attribute_partitions, attribute_prototypes
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache folder of its own for every test."""
+    monkeypatch.setenv("UMETA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    monkeypatch.delenv("UMETA_DATA", raising=False)
+
+
+def real(name, split="train"):
+    """Skip a test where the real data set is not there."""
+    if split not in data.available(name):
+        pytest.skip(f"needs the real {name}: set UMETA_DATA to a folder that has it")
+
+
+def random_images(n, size=84, channels=3, seed=0):
+    """Smooth random uint8 images [n, channels, size, size], so that JPEG changes them little."""
+    coarse = torch.rand(n, channels, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return (torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear") * 255).to(torch.uint8).numpy()
+
+
+def write_omniglot(folder):
+    """3 + 1 characters x 3 drawings in the original layout; returns the ink {class name: [3, 105, 105]}."""
+    ink, number = {}, 0
+    random = np.random.default_rng(0)
+    for part, alphabet, count in (("background", "Latin", 2), ("background", "Hebrew", 1), ("evaluation", "ULOG", 1)):
+        for character in range(1, count + 1):
+            number += 1
+            strokes = np.kron(random.random((3, 15, 15)) < 0.3, np.ones((7, 7), bool))
+            place = folder / f"images_{part}" / alphabet / f"character{character:02d}"
+            place.mkdir(parents=True)
+            for drawing, pixels in enumerate(strokes, start=1):
+                Image.fromarray(~pixels).save(place / f"{number:04d}_{drawing:02d}.png")
+            ink[f"{alphabet}/character{character:02d}"] = strokes
+    return ink
+
+
+def write_mini_imagenet(folder, layout):
+    """2 classes x 3 images in every split, as CSVs with images/ or as class folders."""
+    for s, split in enumerate(("train", "val", "test")):
+        rows = []
+        for i, image in enumerate(random_images(6, size=90, seed=s)):
+            label = f"n{s}{i // 3:07d}"
+            name = f"{label}{i:08d}.jpg"
+            place = folder / "images" if layout == "csv" else folder / split / label
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.transpose(1, 2, 0)).save(place / name, quality=95)
+            rows.append(f"{name},{label}\n")
+        if layout == "csv":
+            (folder / f"{split}.csv").write_text("filename,label\n" + "".join(rows))
+
+
+CELEBA_NAMES = ["Bald", "Eyeglasses", "Smiling"]
+
+
+def write_celeba(folder):
+    """Packs of 4 + 2 faces of 3 persons."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, people, partition in (("identity", [7, 7, 9, 9], [0, 0, 2, 2]), ("aligned", [3, 7], [0, 0])):
+        n = len(people)
+        packs.encode_pack(folder / f"celeba_{part}.npz", random_images(n), identity=np.array(people, np.int16),
+                          attributes=np.eye(n, 3, dtype=np.uint8), attribute_names=np.array(CELEBA_NAMES),
+                          partition=np.array(partition, np.uint8), file_number=np.arange(n))
+
+
+# Formats
+
+
+def test_omniglot_folder_and_pack_agree(tmp_path):
+    ink = write_omniglot(tmp_path / "folder")
+    (path,) = data.pack("omniglot", tmp_path / "folder", tmp_path / "packs")
+    from_folder = data.load("omniglot", "all", path=tmp_path / "folder", size=105)
+    from_pack = data.load("omniglot", "all", path=path, size=105)
+    assert from_folder.class_names == from_pack.class_names == list(ink)
+    assert from_folder.superclasses == ["Latin", "Latin", "Hebrew", "ULOG"]
+    expected = torch.from_numpy(np.stack(list(ink.values()))).reshape(12, 1, 105, 105) * 255
+    assert torch.equal(from_folder.images, expected.to(torch.uint8))
+    assert torch.equal(from_pack.images, from_folder.images)
+    assert from_pack.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    evaluation, split = packs.read_archive(path, "is_evaluation", "vinyals_split")
+    assert evaluation.tolist() == [False, False, False, True] and split.tolist() == [0, 0, 1, 2]
+
+
+def test_thin_strokes_survive_resizing():
+    lines = torch.eye(105, dtype=torch.uint8)[:, None, None].expand(-1, 1, 105, -1) * 255  # image i: column i is ink
+    small = packs.resize(lines, 28)
+    ink = small.float().sum((1, 2, 3))[3:-3]
+    assert small.dtype == torch.uint8 and ink.min() > 0.9 * ink.max()  # without antialiasing some would vanish
+
+
+def test_omniglot_is_resized_once(tmp_path, monkeypatch):
+    write_omniglot(tmp_path)
+    small = data.load("omniglot", "all", path=tmp_path)
+    assert small.images.shape == (12, 1, 28, 28) and small.images.dtype == torch.uint8
+    monkeypatch.setattr(omniglot, "read_ink", lambda file: pytest.fail("read again"))
+    assert torch.equal(data.load("omniglot", "all", path=tmp_path).images, small.images)
+
+
+@pytest.mark.parametrize("layout", ["csv", "folders"])
+def test_mini_imagenet_layouts_and_pack(tmp_path, layout):
+    write_mini_imagenet(tmp_path / "folder", layout)
+    written = data.pack("mini_imagenet", tmp_path / "folder", tmp_path / "packs")
+    assert [path.name for path in written] == [f"mini_imagenet_{split}.npz" for split in ("train", "val", "test")]
+    for split in ("train", "val", "test"):
+        images = data.load("mini_imagenet", split, path=tmp_path / "folder")
+        packed = data.load("mini_imagenet", split, path=tmp_path / "packs")
+        assert images.images.shape == (6, 3, 84, 84) and images.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert packed.class_names == images.class_names and torch.equal(packed.labels, images.labels)
+        assert (packed.images.float() - images.images.float()).abs().mean() < 4  # JPEG
+    everything = data.load("mini_imagenet", "all", path=tmp_path / "packs")
+    assert len(everything) == 18 and everything.n_classes == 6
+    assert torch.bincount(everything.labels).tolist() == [3] * 6
+
+
+def test_images_are_decoded_once_and_memory_mapped(tmp_path, cache, monkeypatch):
+    write_mini_imagenet(tmp_path / "folder", "csv")
+    train, *_ = data.pack("mini_imagenet", tmp_path / "folder", tmp_path / "packs")
+    decoded = packs.decode_pack(train, 84)
+    assert isinstance(decoded, np.memmap) and len(list(cache.rglob("*.npy"))) == 4  # three splits of the folder, this
+    with monkeypatch.context() as patch:
+        patch.setattr(packs, "decode", lambda *args: pytest.fail("decoded again"))
+        assert np.array_equal(packs.decode_pack(train, 84), decoded)
+    decoded[:] = 0  # copy on write: the cached file is as it was
+    assert packs.decode_pack(train, 84).any()
+    packs.encode_pack(train, random_images(5, seed=9), labels=np.zeros(5, np.int16), class_names=np.array(["a"]))
+    assert len(packs.decode_pack(train, 84)) == 5  # another file: decoded anew
+
+
+def test_mnist_from_torchvision_files(tmp_path):
+    pytest.importorskip("torchvision")
+    raw = tmp_path / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for part, n in (("train", 5020), ("t10k", 10)):
+        images, labels = random.integers(0, 256, (n, 28, 28), dtype=np.uint8), np.arange(n, dtype=np.uint8) % 10
+        header = np.array([2051, n, 28, 28], ">i4").tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([2049, n], ">i4").tobytes() + labels.tobytes())
+        if part == "train":
+            train = torch.from_numpy(images)[:, None]
+    found = {split: data.load("mnist", split, path=tmp_path) for split in ("train", "val", "test", "all")}
+    assert [len(images) for images in found.values()] == [20, 5000, 10, 5030]
+    assert torch.equal(found["train"].images, train[:20]) and torch.equal(found["val"].images, train[20:])
+    assert found["test"].labels.tolist() == list(range(10))
+
+
+def test_cifar10_validation_has_every_class_of_a_sorted_copy(tmp_path):
+    names = np.array([f"class{i}" for i in range(10)])
+    for part, n in (("train", 20), ("test", 1)):
+        packs.encode_pack(tmp_path / f"cifar10_{part}.npz", random_images(10 * n, size=32), class_names=names,
+                          labels=np.repeat(np.arange(10), n).astype(np.int16))
+    for split, n in (("train", 18), ("val", 2), ("test", 1), ("all", 21)):
+        images = data.load("cifar10", split, path=tmp_path)
+        assert torch.bincount(images.labels).tolist() == [n] * 10 and images.images.shape[1:] == (3, 32, 32)
+
+
+def test_celeba_packs(tmp_path):
+    write_celeba(tmp_path)
+    train = data.load("celeba", "train", path=tmp_path)
+    assert train.class_names == ["3", "7"] and train.labels.tolist() == [1, 1, 0, 1]
+    assert train.attribute_names == CELEBA_NAMES
+    assert train.attributes.tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 1, 0]]
+    assert len(data.load("celeba", "train", path=tmp_path, part="identity")) == 2
+    assert data.load("celeba", "test", path=tmp_path).class_names == ["9"]
+    with pytest.raises(ValueError, match="'val' is empty"):
+        data.load("celeba", "val", path=tmp_path)
+    with pytest.raises(ValueError, match="unknown part"):
+        data.load("celeba", "val", path=tmp_path, part="faces")
+
+
+def test_celeba_official_files(tmp_path):
+    (tmp_path / "img_align_celeba").mkdir()
+    faces = random_images(3, size=218)[..., 20:198]  # 178 wide, 218 high
+    for i, face in enumerate(faces, start=1):
+        Image.fromarray(face.transpose(1, 2, 0)).save(tmp_path / "img_align_celeba" / f"00000{i}.jpg", quality=95)
+    (tmp_path / "list_eval_partition.txt").write_text("000001.jpg 0\n000002.jpg 0\n000003.jpg 1\n")
+    (tmp_path / "identity_CelebA.txt").write_text("000001.jpg 5\n000002.jpg 2\n000003.jpg 5\n")
+    (tmp_path / "list_attr_celeba.txt").write_text(
+        "3\n" + " ".join(CELEBA_NAMES) + "\n" + "".join(f"00000{i}.jpg  1 -1 -1\n" for i in (1, 2, 3)))
+    train = data.load("celeba", "train", path=tmp_path)
+    assert train.class_names == ["2", "5"] and train.labels.tolist() == [1, 0]
+    assert train.attributes.tolist() == [[1, 0, 0]] * 2 and train.attribute_names == CELEBA_NAMES
+    square = Image.fromarray(faces[0, :, 20:198].transpose(1, 2, 0)).resize((84, 84), Image.LANCZOS)
+    difference = train.images[0].float() - torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    assert difference.abs().mean() < 3
+    assert len(data.load("celeba", "val", path=tmp_path)) == 1
+
+
+def test_digits_splits_are_disjoint_and_stratified():
+    pytest.importorskip("sklearn")
+    sets = [data.load("digits", split) for split in ("train", "val", "test")]
+    assert sum(map(len, sets)) == len(data.load("digits", "all")) == 1797
+    for images in sets:
+        counts = torch.bincount(images.labels)
+        assert images.images.shape[1:] == (1, 8, 8) and counts.max() - counts.min() <= 6
+    assert sets[0].images.max() == 255
+    assert data.load("digits", "val", size=28).images.shape[1:] == (1, 28, 28)
+
+
+def test_glyphs_splits_are_by_script(monkeypatch):
+    drawn = {"images28": np.arange(3 * 2 * 784, dtype=np.int64).astype(np.uint8).reshape(3, 2, 28, 28),
+             "images105": np.packbits(np.ones((3, 2, 105, 105), np.uint8), axis=-1),
+             "class_names": np.array(["a", "b", "c"]), "scripts": np.array(["S", "T", "S"]),
+             "split": np.array([0, 2, 0], np.int8)}
+    from umeta_core import glyphs
+
+    monkeypatch.setattr(glyphs, "glyphs", lambda folder: drawn, raising=False)
+    train = data.load("glyphs", "train")
+    assert train.class_names == ["a", "c"] and train.superclasses == ["S", "S"]
+    assert train.labels.tolist() == [0, 0, 1, 1]
+    assert torch.equal(train.images[2, 0], torch.from_numpy(drawn["images28"][2, 0]))
+    large = data.load("glyphs", "test", size=105)
+    assert large.images.shape == (2, 1, 105, 105) and (large.images == 255).all()
+
+
+def test_image_set_moves_to_a_device(tmp_path):
+    write_celeba(tmp_path)
+    images = data.load("celeba", "train", path=tmp_path, device="cpu").to("meta")
+    assert {images.images.device.type, images.labels.device.type, images.attributes.device.type} == {"meta"}
+    assert len(images) == 4 and images.n_classes == 2
+
+
+# Omniglot protocols
+
+
+def character_names():
+    return [f"alphabet{i % 50}" for i in range(1623)], [f"character{i}" for i in range(1623)]
+
+
+@pytest.mark.parametrize("protocol", ["cactus", "lasium", "meta_gmvae"])
+def test_protocols_split_by_hash(protocol):
+    alphabets, names = character_names()
+    split = omniglot.character_split(alphabets, names, protocol)
+    assert tuple(np.bincount(split)) == omniglot.PROTOCOLS[protocol][0]
+    # The split of a character does not depend on the order of the listing.
+    backwards = omniglot.character_split(alphabets[::-1], names[::-1], protocol)
+    assert np.array_equal(backwards[::-1], split)
+    assert not np.array_equal(omniglot.character_split(alphabets, names, protocol, seed=1), split)
+
+
+def test_protocols_are_fixed_and_nested():
+    alphabets, names = character_names()
+    cactus, lasium = (omniglot.character_split(alphabets, names, protocol) for protocol in ("cactus", "lasium"))
+    assert (cactus[lasium == 2] == 2).all() and (lasium[cactus == 0] == 0).all()
+    # The same on every machine, whatever the versions of NumPy and PyTorch.
+    assert np.flatnonzero(cactus == 1)[:5].tolist() == [19, 45, 51, 57, 78]
+
+
+def test_rotations_are_classes(tmp_path, monkeypatch):
+    write_omniglot(tmp_path)
+    monkeypatch.setattr(omniglot, "PROTOCOLS", {"cactus": ((2, 1, 1), False), "meta_gmvae": ((2, 1, 1), True)})
+    plain = data.load("omniglot", "train", path=tmp_path)
+    rotated = data.load("omniglot", "train", path=tmp_path, protocol="meta_gmvae")
+    assert plain.n_classes == 2 and rotated.n_classes == 8 and len(rotated) == 24
+    assert rotated.class_names[:4] == [f"{plain.class_names[0]}/rotated{angle}" for angle in (0, 90, 180, 270)]
+    assert len(rotated.superclasses) == 8 and torch.bincount(rotated.labels).tolist() == [3] * 8
+    for turn in range(4):
+        of_turn = rotated.images[rotated.labels % 4 == turn]
+        assert torch.equal(of_turn, plain.images.rot90(turn, (-2, -1)))
+
+
+def test_real_omniglot_protocols():
+    real("omniglot")
+    counts = {"cactus": (1100, 100, 423), "lasium": (1200, 100, 323), "meta_gmvae": (4800, 400, 1292),
+              "vinyals": (4112, 688, 1692)}
+    for protocol, expected in counts.items():
+        names = []
+        for split, n in zip(("train", "val", "test"), expected, strict=True):
+            images = data.load("omniglot", split, protocol=protocol)
+            assert images.n_classes == len(images.superclasses) == n and len(images) == 20 * n
+            names += images.class_names
+        assert len(set(names)) == sum(expected)
+    assert data.load("omniglot", "all").n_classes == 1623
+    ours = [omniglot.vinyals(*name.split("/")) for name in data.load("omniglot", "all").class_names]
+    folder, layout = data.locate("omniglot")
+    if layout == "pack":
+        assert ours == packs.read_archive(folder / "omniglot.npz", "vinyals_split")[0].tolist()
+
+
+@pytest.mark.parametrize("name, splits", [
+    ("mini_imagenet", {"val": (16, 9600)}), ("mnist", {"train": (10, 55000), "val": (10, 5000), "test": (10, 10000)}),
+    ("fashion_mnist", {"test": (10, 10000)})])
+def test_real_counts(name, splits):
+    for split, expected in splits.items():
+        real(name, split)
+        images = data.load(name, split)
+        assert (images.n_classes, len(images)) == expected and images.images.dtype == torch.uint8
+
+
+# Attribute tasks of CelebA
+
+
+def labeled_faces(n=200, attributes=5):
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.rand(n, attributes, generator=generator) < 0.4).to(torch.uint8)
+    images = torch.zeros(n, 3, 1, 1, dtype=torch.uint8)
+    return data.ImageSet(images, torch.zeros(n, dtype=torch.int64), ["1"], [], "celeba", "train", values,
+                         [f"a{i}" for i in range(attributes)])
+
+
+def test_attribute_prototypes_equal_counting_by_hand():
+    faces = labeled_faces()
+    columns = [4, 0, 2, 3]
+    prototypes = attribute_prototypes(faces, [f"a{i}" for i in columns], r=20)
+    values, expected = faces.attributes.tolist(), []
+    for i in range(4):
+        for j in range(i + 1, 4):
+            for k in range(j + 1, 4):
+                for booleans in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)):
+                    triple = [columns[i], columns[j], columns[k]]
+                    agree = [sum(row[c] == b for c, b in zip(triple, booleans, strict=True)) for row in values]
+                    if agree.count(3) >= 20 and agree.count(0) >= 20:
+                        expected.append([list(pair) for pair in zip(triple, booleans, strict=True)])
+    assert 0 < len(expected) < 16 and prototypes.tolist() == expected
+
+
+def test_attribute_partitions():
+    faces = labeled_faces()
+    prototypes = attribute_prototypes(faces, range(5), r=1)
+    partitions = attribute_partitions(faces, prototypes)
+    assert partitions.shape == (len(prototypes), 200) and partitions.dtype == torch.int8
+    for (columns, booleans), row in zip(prototypes.transpose(1, 2)[::7], partitions[::7], strict=True):
+        assert (faces.attributes[row == 1][:, columns] == booleans).all()
+        assert (faces.attributes[row == 0][:, columns] != booleans).all()
+        assert (row >= 0).sum() == ((faces.attributes[:, columns] == booleans).sum(1) % 3 == 0).sum()
+
+
+def test_attribute_errors():
+    faces = labeled_faces()
+    with pytest.raises(ValueError, match="unknown attributes Bald"):
+        attribute_prototypes(faces, ["Bald"], 10)
+    faces.attributes = None
+    with pytest.raises(ValueError, match="no attributes"):
+        attribute_prototypes(faces, ["a0"], 10)
+
+
+@pytest.mark.parametrize("split, attributes, expected", [
+    ("train", slice(0, 20), 4287), ("val", slice(20, 30), 391), ("test", slice(30, 40), 402)])
+def test_celeba_attribute_counts_of_the_paper(split, attributes, expected):
+    found = data.locate("celeba", split)
+    if not found or found[1] != "full":
+        pytest.skip("needs the full CelebA (img_align_celeba/ and lists in $UMETA_DATA/celeba); the packs hold a part")
+    _, values, names = readers.celeba_labels(found[0], split)[1:]
+    faces = data.ImageSet(torch.zeros(len(values), 0), torch.zeros(len(values)), [], [], "celeba", split,
+                          torch.from_numpy(values), names)
+    assert len(attribute_prototypes(faces, names[attributes], r=10)) == expected
+
+
+# What is said when something is wrong
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"name": "omniglott"}, "unknown data set 'omniglott'.*glyphs, omniglot, mini_imagenet"),
+    ({"name": "omniglot", "split": "validation"}, "unknown split 'validation'.*train, val, test"),
+    ({"name": "omniglot", "protocol": "finn"}, "unknown Omniglot protocol 'finn'.*cactus, lasium"),
+    ({"name": "mnist", "protocol": "cactus"}, "mnist has no protocols"),
+])
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(**arguments)
+
+
+def test_protocol_on_part_of_omniglot(tmp_path):
+    write_omniglot(tmp_path)
+    with pytest.raises(ValueError, match="1623 characters.*this copy has 4.*split='all'"):
+        data.load("omniglot", path=tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, about in data.ABOUT.items() if about.layouts])
+def test_missing_data_names_what_where_and_how(name, no_data, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("UMETA_DATA", str(tmp_path / "mine"))
+    with pytest.raises(FileNotFoundError) as error:
+        data.load(name, download=False)
+    message = str(error.value)
+    assert message.startswith(f"{name} (train) not found: looked for {name}")
+    assert str(tmp_path / "mine" / name) in message and str(cache / name) in message and "To get it:" in message
+    with pytest.raises(FileNotFoundError, match=f"{name}.* not found"):
+        data.check(name)
+    assert data.info(name)["found"] is None
+
+
+def test_failed_download_is_the_same_clear_error(no_data, cache, monkeypatch):
+    torchvision = pytest.importorskip("torchvision")
+
+    def no_network(root, **options):
+        (cache / "omniglot").mkdir()
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets, "Omniglot", no_network)
+    with pytest.raises(FileNotFoundError, match="omniglot .*UMETA_DATA is not set.*download failed.*no route") as error:
+        data.load("omniglot")
+    assert error.value.__cause__ is None and list(cache.iterdir()) == [cache / "omniglot"]
+
+
+def test_download_goes_to_the_cache_and_nowhere_else(no_data, cache, monkeypatch):
+    from pathlib import Path
+
+    torchvision = pytest.importorskip("torchvision")
+    written = []
+
+    def pretend(root, background, download):
+        if not written:
+            write_omniglot(Path(root) / "omniglot-py")
+        written.append(Path(root))
+
+    monkeypatch.setattr(torchvision.datasets, "Omniglot", pretend)
+    assert data.load("omniglot", "all").n_classes == 4
+    assert len(written) == 2 and all(root.parent == cache for root in written)
+    assert {entry.name for entry in cache.iterdir()} == {"omniglot", "arrays"}  # the temporary folder is gone
+    assert data.load("omniglot", "all").n_classes == 4 and len(written) == 2  # found, not downloaded again
+    assert data.info("omniglot")["found"] == str(cache / "omniglot" / "omniglot-py")
+
+
+def test_places_are_searched_in_order(no_data, cache, tmp_path, monkeypatch):
+    write_celeba(cache / "celeba")
+    assert data.info("celeba")["found"] == str(cache / "celeba")
+    write_celeba(tmp_path / "mine" / "celeba")
+    monkeypatch.setenv("UMETA_DATA", str(tmp_path / "mine"))
+    assert data.info("celeba")["found"] == str(tmp_path / "mine" / "celeba")
+    write_celeba(tmp_path / "given")
+    assert data.locate("celeba", path=tmp_path / "given" / "celeba_identity.npz") == (tmp_path / "given", "pack")
+    with pytest.raises(FileNotFoundError):  # an explicit path is the only place
+        data.load("celeba", path=tmp_path / "elsewhere")
+
+
+def test_truncated_pack(tmp_path):
+    write_celeba(tmp_path)
+    path = tmp_path / "celeba_identity.npz"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="celeba_identity.npz is truncated or corrupt .*get it again"):
+        data.load("celeba", path=tmp_path)
+    assert [line["ok"] for line in data.check("celeba", tmp_path)] == [None, None, False]
+
+
+def test_flipped_byte_in_a_pack(tmp_path):
+    write_omniglot(tmp_path / "folder")
+    (path,) = data.pack("omniglot", tmp_path / "folder", tmp_path / "packs")
+    content = bytearray(path.read_bytes())
+    content[200] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="omniglot.npz is truncated or corrupt"):
+        data.load("omniglot", "all", path=path)
+
+
+def test_damaged_image_files(tmp_path, cache):
+    write_mini_imagenet(tmp_path / "mini", "csv")
+    image = next((tmp_path / "mini" / "images").glob("n0*"))
+    image.write_bytes(image.read_bytes()[:300])
+    with pytest.raises(ValueError, match=f"{image.name} is truncated or corrupt"):
+        data.load("mini_imagenet", path=tmp_path / "mini")
+    assert not any(cache.rglob("*.npy"))  # nothing half decoded is left
+    image.unlink()
+    with pytest.raises(FileNotFoundError, match="6 images are named, 1 of them are not there"):
+        data.load("mini_imagenet", path=tmp_path / "mini")
+    write_omniglot(tmp_path / "omniglot")
+    drawing = tmp_path / "omniglot/images_background/Latin/character01/0001_02.png"
+    drawing.write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="0001_02.png is truncated or corrupt"):
+        data.load("omniglot", "all", path=tmp_path / "omniglot")
+    drawing.unlink()
+    with pytest.raises(ValueError, match="incomplete: its characters have 2 to 3 drawings"):
+        data.load("omniglot", "all", path=tmp_path / "omniglot")
+
+
+def test_damaged_torchvision_copy(tmp_path):
+    pytest.importorskip("torchvision")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(ValueError, match="truncated or corrupt copy of cifar10"):
+        data.load("cifar10", path=tmp_path)
+
+
+def test_writes_are_atomic(tmp_path):
+    path = tmp_path / "pack.npz"
+    packs.write_archive(path, a=np.arange(3))
+
+    def interrupted():
+        with packs.atomic(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == [path] and packs.read_archive(path, "a")[0].tolist() == [0, 1, 2]
+
+
+def test_unwritable_cache_names_the_way_out(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("UMETA_CACHE", str(tmp_path / "file"))
+    write_omniglot(tmp_path / "omniglot")
+    with pytest.raises(OSError, match="cannot write to .*UMETA_CACHE"):
+        data.load("omniglot", "all", path=tmp_path / "omniglot")
+
+
+def test_pack_refuses_what_it_cannot_pack(tmp_path):
+    with pytest.raises(ValueError, match="no pack is made of mnist"):
+        data.pack("mnist", tmp_path, tmp_path)
+    with pytest.raises(FileNotFoundError, match="omniglot .* not found"):
+        data.pack("omniglot", tmp_path, tmp_path)
+
+
+# umeta data list, check
+
+
+def test_every_data_set_is_listed():
+    for about in data.datasets():
+        assert about["what"] and about["license"] and (about["found"] == "built in" or about["get"])
+    assert data.info("omniglot")["protocols"] == ["cactus", "lasium", "meta_gmvae", "vinyals"]
+
+
+def test_check_counts_what_is_there(tmp_path):
+    write_omniglot(tmp_path)
+    (line,) = data.check("omniglot", tmp_path)
+    assert line["ok"] is False and "4 classes, 12 images (3 to 3 a class)" in line["detail"]
+    assert "1623 classes, 32460 images" in line["detail"]
+
+
+def test_check_of_the_real_omniglot():
+    real("omniglot")
+    assert all(line["ok"] is not False for line in data.check("omniglot"))
+
+
+def test_import_needs_only_torch_and_numpy(cache):
+    code = ("import sys\n"
+            "for name in ('PIL', 'torchvision', 'sklearn', 'tqdm', 'platformdirs', 'matplotlib'):\n"
+            "    sys.modules[name] = None\n"
+            "import umeta_core.data, umeta_core.attributes; print(umeta_core.packs.cache_folder())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == str(cache), done.stderr

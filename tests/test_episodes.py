@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from umeta_core.data import ImageSet
+from umeta_core.episodes import Episodes, PartitionTasks, sample_without_replacement
+
+
+def numbered(classes=6, each=8, channels=1):
+    """Image i is filled with the value i, so that an image can be recognized after sampling."""
+    n = classes * each
+    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, channels, 4, 4).contiguous()
+    labels = torch.arange(classes).repeat_interleave(each)
+    return ImageSet(images, labels, [str(c) for c in range(classes)], [], "numbered", "train")
+
+
+def identity(x):
+    return (x[..., 0, 0, 0] * 255).round().long()
+
+
+def test_sampling_without_replacement_is_uniform_over_ordered_draws():
+    counts = torch.full((60_000,), 4)
+    draws = sample_without_replacement(counts, 2, torch.Generator().manual_seed(0))
+    code = draws[:, 0] * 4 + draws[:, 1]
+    tally = torch.bincount(code, minlength=16).float()
+    assert (tally[[0, 5, 10, 15]] == 0).all()  # never the same number twice
+    expected = 60_000 / 12
+    chi2 = ((tally - expected).square() / expected).sum() - 4 * expected
+    assert chi2 < 31.3  # 99.9 % point with 11 degrees of freedom
+
+
+def test_sampling_all_of_a_set_gives_each_once():
+    counts = torch.tensor([5, 7, 9])
+    draws = sample_without_replacement(counts, 5, torch.Generator().manual_seed(1))
+    assert draws[0].sort().values.tolist() == [0, 1, 2, 3, 4]
+    assert all(len(set(row.tolist())) == 5 and row.max() < c for row, c in zip(draws, counts))
+
+
+def test_support_and_query_are_disjoint_and_of_the_right_class():
+    images = numbered()
+    episodes = PartitionTasks(images).sample(50, 5, 2, 3, torch.Generator().manual_seed(0))
+    assert episodes.support.shape == (50, 5, 2, 1, 4, 4) and episodes.query.shape == (50, 5, 3, 1, 4, 4)
+    drawn = torch.cat([identity(episodes.support), identity(episodes.query)], 2)
+    classes = drawn // 8
+    assert (classes == classes[:, :, :1]).all()
+    assert all(len(set(t.tolist())) == 5 for t in classes[:, :, 0])
+    assert all(len(set(c.tolist())) == 5 for t in drawn for c in t)
+    assert len({tuple(t.tolist()) for t in classes[:, :, 0]}) > 25  # class order varies: the label permutation
+
+
+def test_flat_labels_are_positions_on_the_way_axis():
+    xs, ys, xq, yq = Episodes(torch.rand(2, 3, 2, 1, 4, 4), torch.rand(2, 3, 1, 1, 4, 4)).flat()
+    assert xs.shape == (2, 6, 1, 4, 4) and xq.shape == (2, 3, 1, 4, 4)
+    assert ys.tolist() == [[0, 0, 1, 1, 2, 2]] * 2 and yq.tolist() == [[0, 1, 2]] * 2
+
+
+def test_partition_leaves_out_and_prunes():
+    images = numbered()
+    partition = torch.full((48,), -1)
+    partition[:3], partition[3:20], partition[20:40] = 0, 1, 2  # class 0 is too small for R = 4
+    source = PartitionTasks(images, partition)
+    drawn = identity(source.sample(200, 2, 1, 3, torch.Generator().manual_seed(0)).support)
+    assert drawn.min() >= 3 and drawn.max() < 40
+    with pytest.raises(ValueError, match=r"3-way tasks .* need 3 classes of at least 4 images.*has 2"):
+        source.sample(1, 3, 1, 3, torch.Generator())
+
+
+def test_stacked_partitions_are_drawn_uniformly_and_not_mixed():
+    images = numbered(4, 6)
+    parts = torch.stack([images.labels, torch.arange(24) % 4])
+    episodes = PartitionTasks(images, parts).sample(2000, 3, 1, 2, torch.Generator().manual_seed(3))
+    drawn = torch.cat([identity(episodes.support), identity(episodes.query)], 2)
+    by_label = (drawn // 6 == drawn[..., :1] // 6).all(2).all(1)
+    by_stripe = (drawn % 4 == drawn[..., :1] % 4).all(2).all(1)
+    assert (by_label ^ by_stripe).all()
+    assert 900 < by_label.sum() < 1100
+
+
+def test_classes_are_drawn_uniformly_not_by_size():
+    images = numbered(6, 8)
+    partition = torch.tensor([0] * 4 + [1] * 40 + [2] * 4)
+    episodes = PartitionTasks(images, partition).sample(3000, 1, 1, 1, torch.Generator().manual_seed(0))
+    share = ((identity(episodes.support) >= 4) & (identity(episodes.support) < 44)).float().mean()
+    assert 0.30 < share < 0.37
+
+
+def test_same_seed_same_episodes():
+    source = PartitionTasks(numbered())
+    a, b = (source.sample(4, 3, 1, 2, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(a.support, b.support) and torch.equal(a.query, b.query)
+
+
+def test_bad_partitions_are_refused():
+    images = numbered()
+    with pytest.raises(ValueError, match="partition is of 7 images but numbered train has 48"):
+        PartitionTasks(images, torch.zeros(7, dtype=torch.long))
+    with pytest.raises(ValueError, match="leaves every image out"):
+        PartitionTasks(images, torch.full((48,), -1))
