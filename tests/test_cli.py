@@ -1,0 +1,151 @@
+"""The command line, the plan and the reproduction engine."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from umeta_core import experiments, results
+from umeta_core.cli import main
+
+SMALL = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(results.REPOSITORY)}
+
+
+def umeta(*arguments, **environment):
+    """Run the command in a process of its own."""
+    command = [sys.executable, "-m", "umeta_core.cli", *map(str, arguments)]
+    return subprocess.run(command, env={**SMALL, **environment}, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["results", "catcus"], "no published numbers for 'catcus'; known papers: cactus"),
+        (["results", "cactus", "--table", "99"], "cactus has no table '99'; its tables: 7, 8"),
+        (["train", "oracle-maml", "--scale", "enormous"], "invalid choice: 'enormous'"),
+        (["train", "oracel-maml"], "unknown row 'oracel-maml'; rows: oracle-protonets, oracle-maml"),
+        (["train", "oracle-maml", "--dataset", "onmiglot"], "unknown data set 'onmiglot'"),
+        (["train", "oracle-maml", "--dataset", "glyphs", "--device", "gpu"], "unknown device 'gpu'; use cpu, cuda"),
+        (["train", "oracle-maml", "--threads", "0"], "must be at least 1, not 0"),
+        (["evaluate", "oracle-maml", "--dataset", "glyphs", "--checkpoint", "no.pt"], "no checkpoint no.pt"),
+        (["reproduce", "cactus", "--rows", "orcale", "--dry-run"], "no row of cactus fits; its rows: oracle-protonets"),
+        (["reproduce", "cactus", "--table", "77", "--dry-run"], "cactus has no table '77'"),
+        (["data", "info", "onmiglot"], "unknown data set 'onmiglot'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys, monkeypatch):
+    monkeypatch.delenv("UMETA_DEBUG", raising=False)
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # argparse's own errors
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("umeta") and ": error: " in error and message in error
+    assert error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_a_mistake_in_a_process_of_its_own():
+    done = umeta("results", "catcus")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("umeta: error: no published numbers")
+
+
+def test_results_print_published_numbers_and_ours(tmp_path, capsys):
+    assert main(["results", "cactus", "--table", "8", "--results", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "98.35 ± 0.22" in text and "92 numbers: 92 not run" in text
+
+
+def test_results_need_no_torch():
+    code = "import sys; from umeta_core.cli import main; main(['results', 'cactus']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=SMALL, capture_output=True, check=False).returncode == 0
+
+
+def test_the_plan_of_a_table(tmp_path, capsys):
+    plan = ["reproduce", "cactus", "--table", "8", "--dry-run", "--results", str(tmp_path)]
+    assert main([*plan, "--scale", "full", "--seeds", "0", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1:2]] == [row.slug for row in experiments.ROWS]
+    assert "30,000 steps  about 1." in lines[0] and lines[-1].startswith("8 of 8 runs to do on cpu; one after another")
+    assert main([*plan, "--rows", "protonets,scratch", "--dataset", "glyphs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == ["oracle-protonets-glyphs", "scratch-glyphs"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_list_of_rows(capsys):
+    assert main(["reproduce", "cactus", "--table", "1", "--list"]) == 0
+    assert "oracle-protonets" in capsys.readouterr().out
+
+
+def test_a_missing_engine_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["reproduce", "cactus", "--rows", "scratch", "--scale", "smoke"]) == 2
+    assert "snakemake and papermill not installed; pip install 'umeta[reproduce]'" in capsys.readouterr().err
+
+
+def test_rows_move_to_other_datasets():
+    row = experiments.find_row("oracle-maml-mini-imagenet")
+    assert (row.slug, row.dataset, row.split_protocol) == ("oracle-maml-mini-imagenet", "mini_imagenet", None)
+    assert experiments.find_row("oracle-maml", "mini_imagenet") == row
+    assert experiments.find_row("oracle-maml").split_protocol == "cactus"
+    for slug in ("mnist", "oracle-maml-", "oracle-maml-nowhere", ""):
+        with pytest.raises(ValueError, match="unknown row"):
+            experiments.find_row(slug)
+
+
+def test_every_scale_is_no_larger_than_the_next():
+    for row in experiments.ROWS:
+        assert row.steps["smoke"] <= row.steps["quick"] <= row.steps["full"]
+        assert row.test_tasks["smoke"] <= row.test_tasks["quick"] <= row.test_tasks["full"] == 1000
+        assert experiments.expected_seconds(row, "smoke") < 60 < experiments.expected_seconds(row, "full")
+
+
+def test_the_experiment_notebook_has_every_parameter_and_no_outputs():
+    notebook = json.loads((experiments.NOTEBOOKS / "cactus.ipynb").read_text())
+    tagged = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+
+
+def test_an_unknown_notebook_parameter_is_an_error(tmp_path):
+    pytest.importorskip("papermill")
+    with pytest.raises(ValueError, match="cactus.ipynb has no parameter sed; it has checkpoint, device"):
+        experiments.run_notebook(experiments.NOTEBOOKS / "cactus.ipynb", tmp_path / "out.ipynb", {"sed": 1})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_train_then_evaluate_from_the_checkpoint(tmp_path):
+    arguments = ("oracle-protonets", "--dataset", "glyphs", "--scale", "smoke", "--checkpoint", tmp_path / "p.pt")
+    trained, evaluated = umeta("train", *arguments), umeta("evaluate", *arguments)
+    assert (trained.returncode, evaluated.returncode) == (0, 0), trained.stderr + evaluated.stderr
+    assert trained.stdout.splitlines()[1:] == evaluated.stdout.splitlines()[1:]
+    wrong = umeta("evaluate", "oracle-maml", "--dataset", "glyphs", "--checkpoint", tmp_path / "p.pt")
+    assert wrong.returncode == 2 and "another network" in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_reproduce_runs_records_and_resumes(tmp_path):
+    pytest.importorskip("snakemake")
+    pytest.importorskip("papermill")
+    arguments = ("reproduce", "cactus", "--table", "8", "--rows", "protonets", "--dataset", "glyphs", "--scale", "smoke",
+                 "--cores", 1, "--runs", tmp_path / "runs", "--results", tmp_path / "results")  # fmt: skip
+    done = umeta(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = results.read_records("cactus", tmp_path / "results")
+    assert (record["row"], record["scale"], record["steps"]) == ("oracle-protonets-glyphs", "smoke", 3)
+    assert [(cell["way"], cell["shot"]) for cell in record["cells"]] == [(5, 1), (5, 5), (20, 1), (20, 5)]
+    folder = tmp_path / "runs" / "cactus"
+    executed = json.loads((folder / "oracle-protonets-glyphs-smoke-seed0.ipynb").read_text())
+    assert any(cell.get("outputs") for cell in executed["cells"])
+    assert "table-8-glyphs-smoke.md" in {path.name for path in folder.iterdir()}
+    assert "no published number" in done.stdout
+
+    again = umeta(*arguments)
+    assert again.returncode == 0 and "0 of 1 runs to do" in again.stdout
+    assert results.read_records("cactus", tmp_path / "results") == [record]

@@ -1,0 +1,60 @@
+import numpy as np
+import torch
+from scipy import stats
+
+from test_training import source
+from umeta_core.episodes import Episodes
+from umeta_core.evaluation import evaluate, evaluate_curve, in_chunks, interval
+from umeta_core.maml import MAML
+from umeta_core.networks import Conv4
+
+
+class Guess:
+    """Answers at random, and remembers what it was asked."""
+
+    def __init__(self, seed=0):
+        self.generator, self.seen = torch.Generator().manual_seed(seed), []
+
+    def predict(self, episodes):
+        self.seen.append(episodes.query)
+        return torch.rand(len(episodes), episodes.query[0].flatten(0, 1).shape[0], episodes.way, generator=self.generator)
+
+
+def test_guessing_is_at_chance_within_the_binomial_interval():
+    result = evaluate(Guess(), source(), way=4, shot=1, query=5, tasks=400)
+    assert len(result.accuracies) == 400
+    assert abs(result.mean - 25) < 3 * result.ci95 / 1.96
+    binomial = 196 * (0.25 * 0.75 / 20) ** 0.5 / 400**0.5
+    assert abs(result.ci95 / binomial - 1) < 0.15
+
+
+def test_interval_is_the_normal_interval_of_scipy():
+    a = torch.rand(500, generator=torch.Generator().manual_seed(0))
+    half = stats.norm.interval(0.95, scale=np.std(a.double().numpy()) / 500**0.5)[1]
+    assert abs(interval(a) - 100 * half) < 1e-3
+
+
+def test_tasks_do_not_depend_on_chunks_or_count():
+    wide, narrow, more = Guess(), Guess(), Guess()
+    evaluate(wide, source(), way=3, shot=1, query=2, tasks=30, seed=4)
+    evaluate(narrow, source(), way=3, shot=1, query=2, tasks=30, seed=4, max_images=20)
+    evaluate(more, source(), way=3, shot=1, query=2, tasks=50, seed=4)
+    assert len(narrow.seen) > len(wide.seen)
+    assert torch.equal(torch.cat(wide.seen), torch.cat(narrow.seen))
+    assert torch.equal(torch.cat(wide.seen), torch.cat(more.seen)[:30])
+
+
+def test_chunks_respect_the_bound_and_the_order():
+    e = Episodes(torch.arange(7.0).view(7, 1, 1, 1, 1, 1), torch.rand(7, 1, 3, 1, 1, 1))
+    sizes = []
+    out = in_chunks(lambda c: sizes.append(len(c)) or c.support.view(len(c), 1, 1), e, max_images=8)
+    assert sizes == [2, 2, 2, 1] and out.flatten().tolist() == list(range(7))
+
+
+def test_curve_ends_where_evaluate_does_and_says_its_protocol():
+    maml = MAML(Conv4(1, 16, 4, way=3, norm="shift", generator=torch.Generator().manual_seed(0)), 0.1, test_steps=4)
+    task = {"way": 3, "shot": 1, "query": 2, "tasks": 25, "seed": 1}
+    curve = evaluate_curve(maml, source(), [0, 2, 4], **task)
+    assert torch.equal(curve[2].accuracies, evaluate(maml, source(), **task).accuracies)
+    assert [c.protocol["steps"] for c in curve] == [0, 2, 4]
+    assert curve[0].protocol == {"dataset": "patterns", "split": "train", **task, "steps": 0}

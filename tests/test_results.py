@@ -1,0 +1,213 @@
+"""Records, published numbers, verdicts: the numbers in the book's tables are right or these tests fail."""
+
+import json
+from collections import Counter
+from dataclasses import asdict
+
+import pytest
+
+from umeta_core import results
+from umeta_core.experiments import ROWS
+from umeta_core.results import compare, published, read_records, table_markdown, table_text, verdict, write_record
+
+COUNTS = {
+    "cactus": {"1": 60, "2": 75, "3": 40, "4": 32, "7": 60, "8": 92, "9": 84, "10": 15, "12": 24, "App.D text": 2},
+    "meta_gmvae": {"1": 72, "2-left": 17, "2-right": 32, "5": 4, "9": 4, "10": 12},
+    "lasium": {"1": 42, "2": 30, "3": 18, "4": 72, "7": 28},
+    "leo": {"1": 42, "2": 32, "Text sec. 4.3": 2, "README": 8, "README overview": 12, "issue": 5},
+    "learned_rule": {
+        "Text 5.3 / Fig. 4 right": 2, "Text 5.3 / Fig. 4 left": 1, "Text 5.3 / Fig. 5 left": 2,
+        "Text 5.3 / Fig. 5 right": 3, "Text 5.2 / Fig. 3": 2, "Text 5.4 / Fig. 6": 2, "Text 4.3 / App. C": 4,
+        "Fig. 2 left": 1, "Fig. 2 right": 1, "derived": 1, "App. H.2": 1, "App. H.3.2": 1,
+    },
+}  # fmt: skip
+
+
+def record(**changes):
+    """A full-scale record of Oracle-ProtoNets on Omniglot with the published (5, 1) value, changed as asked."""
+    cell = {"way": 5, "shot": 1, "query": 5, "accuracy": 98.35, "ci95": 0.2, "tasks": 1000}
+    cell |= {name: changes.pop(name) for name in ("accuracy", "ci95", "way", "shot") if name in changes}
+    return {
+        "paper": "cactus", "table": "8", "row": "oracle-protonets", "method": "Oracle-ProtoNets (control)",
+        "embedding": "", "variant": "supervised", "dataset": "omniglot", "scale": "full", "seed": 0, "steps": 30_000,
+        "paper_steps": 30_000, "tasks_per_step": 1, "cells": [cell], "seconds": 10.0, "device": "test", "commit": None,
+        "versions": {}, "protocol": {}, "notebook": None, "created": "2025-01-01T00:00:00+00:00", **changes,
+    }  # fmt: skip
+
+
+def number(folder, way=5, shot=1, table="8", method="Oracle-ProtoNets (control)"):
+    """The compared number of one cell."""
+    rows = [row for row in compare("cactus", table, folder=folder) if row["method"] == method]
+    return next(row for row in rows if (row["way"], row["shot"]) == (way, shot))
+
+
+@pytest.mark.parametrize("paper", COUNTS)
+def test_every_published_number_is_there(paper):
+    rows = published(paper)
+    assert Counter(row["table"] for row in rows) == COUNTS[paper]
+    accuracies = [row["value"] for row in rows if row["metric"] == "accuracy"]
+    assert all(isinstance(value, float) and 0 < value < 100 for value in accuracies if value != "")
+
+
+def test_published_totals():
+    totals = {paper: len(published(paper)) for paper in COUNTS}
+    assert totals == {"cactus": 484, "meta_gmvae": 141, "lasium": 190, "leo": 101, "learned_rule": 21}
+
+
+def test_published_numbers_of_an_unknown_paper_name_the_known_ones():
+    with pytest.raises(FileNotFoundError, match="cactus, lasium, learned_rule, leo, meta_gmvae"):
+        published("catcus")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.slug)
+def test_every_row_joins_the_paper_in_every_test(row):
+    joined = {(n["way"], n["shot"]) for n in published(row.paper)
+              if n["table"] == row.table and results.matches(n, asdict(row))}  # fmt: skip
+    assert set(row.tests) <= joined
+
+
+@pytest.mark.parametrize(
+    ("ours", "ci95", "spread", "reduced", "word"),
+    [
+        (94.0 + 1.5, 0.1, 0.0, False, "reproduced"),  # within 1.5 points
+        (94.0 + 1.6, 0.1, 0.0, False, "higher"),
+        (94.0 - 1.6, 0.1, 0.0, False, "lower"),
+        (94.0 - 1.6, 1.3, 0.0, False, "reproduced"),  # within both intervals: 0.35 + 1.3
+        (94.0 - 1.6, 0.1, 0.9, False, "reproduced"),  # within twice the spread over seeds
+        (94.0, 0.1, 0.0, True, "reduced budget"),
+        (None, None, None, False, "not run"),
+    ],
+)
+def test_verdict(ours, ci95, spread, reduced, word):
+    assert verdict(94.0, 0.35, ours, ci95, spread, reduced) == word
+
+
+def test_verdict_without_a_published_value_or_interval():
+    assert verdict("~10", None, 10.0) == "no published number"
+    assert verdict(None, None, 10.0) == "no published number"
+    assert verdict(94.0, None, 95.0) == "reproduced"
+
+
+def test_compare_averages_seeds(tmp_path):
+    for seed, accuracy in enumerate((97.0, 98.0, 99.0)):
+        write_record(record(seed=seed, accuracy=accuracy, ci95=0.3), tmp_path)
+    row = number(tmp_path)
+    assert (row["paper"], row["paper_ci"], row["seeds"], row["verdict"]) == (98.35, 0.22, [0, 1, 2], "reproduced")
+    assert row["ours"] == pytest.approx(98.0) and row["difference"] == pytest.approx(-0.35)
+    assert row["spread"] == pytest.approx(1.0)  # the standard deviation over seeds
+    assert row["ci95"] == pytest.approx(0.3 / 3**0.5)  # three times as many tasks
+    assert number(tmp_path, 20, 5)["verdict"] == "not run"
+
+
+def test_compare_takes_the_largest_run(tmp_path):
+    write_record(record(scale="smoke", steps=3, accuracy=30.0), tmp_path)
+    row = number(tmp_path)
+    assert (row["ours"], row["verdict"], row["difference"]) == (30.0, "reduced budget", pytest.approx(-68.35))
+    write_record(record(scale="quick", steps=400, accuracy=90.0), tmp_path)
+    assert number(tmp_path)["ours"] == 90.0
+    write_record(record(row="five-way", deviation="trained on 5-way tasks", accuracy=98.3), tmp_path)
+    assert number(tmp_path)["verdict"] == "reduced budget"
+    write_record(record(steps=20_000, accuracy=98.0), tmp_path)
+    assert (number(tmp_path)["ours"], number(tmp_path)["verdict"]) == (98.0, "reduced budget")
+    write_record(record(accuracy=91.0), tmp_path)
+    assert (number(tmp_path)["ours"], number(tmp_path)["verdict"]) == (91.0, "lower")
+
+
+def test_main_text_tables_join_with_fewer_settings(tmp_path):
+    method = "CACTUs-MAML"
+    write_record(record(row="cactus-maml", method=method, embedding="ACAI", variant="d=256;P=100;k=500"), tmp_path)
+    write_record(record(row="p1", method=method, embedding="ACAI", variant="d=256;P=1;k=500", accuracy=1.0), tmp_path)
+    rows = compare("cactus", "1", folder=tmp_path)
+    assert [row["ours"] for row in rows if row["ours"] is not None] == [98.35]
+    assert all(row["verdict"] == "not run" for row in compare("cactus", "2", folder=tmp_path))
+
+
+def test_a_dataset_that_the_paper_does_not_have(tmp_path):
+    write_record(record(row="oracle-protonets-glyphs", dataset="glyphs", scale="quick", accuracy=80.0), tmp_path)
+    assert number(tmp_path)["verdict"] == "not run"
+    (row,) = compare("cactus", "8", "glyphs", tmp_path)
+    assert (row["ours"], row["paper"], row["verdict"]) == (80.0, None, "no published number")
+
+
+def test_compare_names_the_tables_there_are(tmp_path):
+    with pytest.raises(ValueError, match="cactus has no table 11; its tables: .*8, 9"):
+        compare("cactus", 11, folder=tmp_path)
+
+
+def test_records_are_written_in_one_step(tmp_path, monkeypatch):
+    path = write_record(record(), tmp_path)
+    assert path == tmp_path / "cactus" / "oracle-protonets-full-seed0.json"
+    before = path.read_text()
+    assert before.startswith('{\n "paper"') and json.loads(before) == record()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(results.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_record(record(accuracy=1.0), tmp_path)
+    assert path.read_text() == before and [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": "many"}, "field 'steps' is 'many', must be int"),
+        ({"seed": True}, "field 'seed' is True"),
+        ({"scale": "huge"}, "scale is 'huge', must be one of smoke, quick, full"),
+        ({"cells": []}, "cells is empty"),
+        ({"accuracy": 0.98, "ci95": -1.0}, "accuracy and ci95 are percentages"),
+        ({"accuracy": float("nan")}, "percentages"),
+    ],
+)
+def test_a_wrong_record_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        write_record(record(**changes), tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_malformed_record_is_named(tmp_path):
+    path = write_record(record(), tmp_path)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match="oracle-protonets-full-seed0.json: not valid JSON"):
+        read_records("cactus", tmp_path)
+    path.write_text(json.dumps({name: value for name, value in record().items() if name != "device"}))
+    with pytest.raises(ValueError, match="oracle-protonets-full-seed0.json: field 'device' is missing"):
+        compare("cactus", "8", folder=tmp_path)
+
+
+def test_tables_print_the_numbers_and_link_the_records(tmp_path):
+    for seed in (0, 1):
+        write_record(record(seed=seed, accuracy=98.0), tmp_path)
+    text = table_text("cactus", 8, folder=tmp_path)
+    line = next(line for line in text.splitlines() if "98.35" in line)
+    assert "98.00 ± 0.14" in line and "-0.35" in line and "reproduced; 2 seeds, std 0.00" in line
+    assert text.endswith("92 numbers: 1 reproduced, 91 not run")
+    page = table_markdown("cactus", 8, measured_only=True, folder=tmp_path)
+    assert page.startswith("```{table} ") and ":name: tab-cactus-8\n" in page and page.endswith("```\n")
+    base = "https://github.com/umeta-book/umeta/blob/main/results/cactus/oracle-protonets-full-seed"
+    assert f"[98.00 ± 0.14]({base}0.json) [2]({base}1.json)" in page
+    assert len([line for line in page.splitlines() if line.startswith("|")]) == 3
+
+
+def test_results_folder_order(tmp_path, monkeypatch):
+    monkeypatch.delenv("UMETA_RESULTS", raising=False)
+    assert results.results_folder() == results.REPOSITORY / "results"
+    monkeypatch.setenv("UMETA_RESULTS", str(tmp_path))
+    assert results.results_folder() == tmp_path
+    assert results.results_folder("here") == results.Path("here")
+    monkeypatch.delenv("UMETA_RESULTS")
+    monkeypatch.setattr(results, "REPOSITORY", tmp_path)
+    assert results.results_folder() == results.Path("results")
+
+
+def test_provenance_names_versions_and_device():
+    found = results.provenance("cpu")
+    assert set(found) == {"commit", "dirty", "versions", "device", "created"}
+    assert found["versions"]["torch"] and "thread" in found["device"] and found["created"].endswith("+00:00")
+
+
+def test_committed_records_are_valid():
+    for paper in COUNTS:
+        for row in read_records(paper, results.REPOSITORY / "results"):
+            assert row["file"].endswith(f"{row['row']}-{row['scale']}-seed{row['seed']}.json")

@@ -1,0 +1,190 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from umeta_core.data import ImageSet
+from umeta_core.episodes import PartitionTasks
+from umeta_core.evaluation import evaluate
+from umeta_core.maml import MAML
+from umeta_core.networks import Conv4
+from umeta_core.protonets import ProtoNet
+from umeta_core.training import NonFiniteLoss, read_checkpoint, train
+
+
+def source(seed=0):
+    """Twelve classes of noisy copies of a random pattern."""
+    g = torch.Generator().manual_seed(seed)
+    patterns = torch.randint(0, 180, (12, 1, 1, 16, 16), generator=g)
+    images = patterns + torch.randint(0, 75, (12, 8, 1, 16, 16), generator=g)
+    labels = torch.arange(12).repeat_interleave(8)
+    return PartitionTasks(ImageSet(images.flatten(0, 1).byte(), labels, [str(i) for i in range(12)], [], "patterns", "train"))
+
+
+def learner(kind="maml", seed=0, filters=4):
+    g = torch.Generator().manual_seed(seed)
+    if kind == "maml":
+        return MAML(Conv4(1, 16, filters, way=3, norm="shift", generator=g), 0.1, inner_steps=1, test_steps=2)
+    return ProtoNet(Conv4(1, 16, filters, generator=g))
+
+
+TASK = {"tasks": 2, "way": 3, "shot": 1, "query": 2, "log_every": 5}
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("kind", ["maml", "protonets"])
+def test_training_learns_and_same_seed_gives_same_numbers(kind):
+    first, second = learner(kind), learner(kind)
+    h1 = train(first, source(), steps=60, **TASK)
+    h2 = train(second, source(), steps=60, **TASK)
+    assert same(first, second) and h1["loss"] == h2["loss"]
+    assert h1["step"] == list(range(5, 61, 5)) and h1["loss"][-1] < h1["loss"][0]
+    other = learner(kind)
+    train(other, source(), steps=60, **TASK, seed=1)
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize("kind", ["maml", "protonets"])
+def test_interrupted_run_resumes_bit_identically(kind, tmp_path):
+    whole, part = learner(kind), learner(kind)
+    history = train(whole, source(), steps=23, **TASK)
+    train(part, source(), steps=12, checkpoint=tmp_path / "run.pt", **TASK)
+    resumed = learner(kind, seed=9)  # its weights must come from the file
+    resumed_history = train(resumed, source(), steps=23, checkpoint=tmp_path / "run.pt", **TASK)
+    assert same(whole, resumed)
+    # the interrupted run also logged its last step, 12; from the next full interval on the numbers are the same
+    at = [resumed_history["step"].index(s) for s in (5, 10, 20)]
+    assert [resumed_history["loss"][i] for i in at] == [history["loss"][history["step"].index(s)] for s in (5, 10, 20)]
+
+
+KILLED = """
+import sys, torch
+sys.path[:0] = {paths!r}
+from test_training import TASK, learner, source
+from umeta_core.training import train
+class Slow:
+    def __init__(self): self.inner = source()
+    def sample(self, *a):
+        import time; time.sleep(0.01); return self.inner.sample(*a)
+train(learner(), Slow(), steps=int(sys.argv[2]), checkpoint=sys.argv[1], save_every=0.05, progress=False, **TASK)
+"""
+
+
+def test_a_killed_run_resumes_bit_identically(tmp_path):
+    here = os.path.dirname(__file__)
+    code = KILLED.format(paths=[here, os.path.dirname(here)])
+    file, steps = tmp_path / "run.pt", 120
+    process = subprocess.Popen([sys.executable, "-c", code, str(file), str(steps)])
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (file.exists() and read_checkpoint(file)["step"] >= 10):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = read_checkpoint(file)["step"]  # readable, whatever moment the kill came at
+    assert 10 <= done < steps
+    resumed, whole = learner(seed=5), learner()
+    train(resumed, source(), steps=steps, checkpoint=file, **TASK)
+    train(whole, source(), steps=steps, **TASK)
+    assert same(resumed, whole)
+
+
+def test_a_foreign_checkpoint_is_refused_and_kept(tmp_path):
+    file = tmp_path / "run.pt"
+    train(learner(), source(), steps=2, checkpoint=file, config={"network": "small"}, **TASK)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"another run \(lr: 0.001 there, 0.01 here; network: 'small' there, 'large' here\)"):
+        train(learner(), source(), steps=4, checkpoint=file, config={"network": "large"}, lr=0.01, **TASK)
+    with pytest.raises(ValueError, match="another network"):
+        train(learner(filters=6), source(), steps=4, checkpoint=file, config={"network": "small"}, **TASK)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"not a checkpoint", lambda b: b""])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    file = tmp_path / "run.pt"
+    train(learner(), source(), steps=2, checkpoint=file, **TASK)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"run.pt is not a readable checkpoint; delete it"):
+        train(learner(), source(), steps=4, checkpoint=file, **TASK)
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    file = tmp_path / "run.pt"
+    train(learner(), source(), steps=5, checkpoint=file, **TASK)
+    before = file.read_bytes()
+
+    class Poisoned:
+        def __init__(self):
+            self.inner, self.calls = source(), 0
+
+        def sample(self, *arguments):
+            episodes = self.inner.sample(*arguments)
+            self.calls += 1
+            if self.calls == 3:
+                episodes.query[0, 0, 0, 0, 0, 0] = float("nan")
+            return episodes
+
+    with pytest.raises(NonFiniteLoss, match=r"nan at step 7; the last checkpoint, .*run.pt, is from before"):
+        train(learner(), Poisoned(), steps=50, checkpoint=file, save_every=1000, **TASK)
+    assert file.read_bytes() == before
+
+
+def test_clip_bounds_every_entry_of_the_gradient():
+    clipped, free = learner(), learner()
+    start = {k: v.clone() for k, v in clipped.state_dict().items()}
+    train(clipped, source(), steps=1, clip=1e-12, **TASK)  # far below Adam's eps of 1e-8: hardly a step
+    train(free, source(), steps=1, **TASK)
+    moved = lambda m: max((v - start[k]).abs().max() for k, v in m.state_dict().items())  # noqa: E731
+    assert moved(clipped) < 1e-5 < moved(free)
+
+
+def test_validation_enters_the_history():
+    h = train(learner(), source(), steps=6, validate=lambda m: evaluate(m, source(), way=3, shot=1, query=2, tasks=4).mean,
+              validate_every=3, **TASK)
+    assert [s for s, _ in h["validation"]] == [3, 6] and all(0 <= v <= 100 for _, v in h["validation"])
+
+
+TWO = """
+import sys, torch
+sys.path[:0] = {paths!r}
+from test_training import TASK, learner, source
+from umeta_core.training import train
+torch.set_default_dtype(torch.float64)
+class Double:
+    def __init__(self): self.inner = source()
+    def sample(self, *a):
+        e = self.inner.sample(*a); e.support, e.query = e.support.double(), e.query.double(); return e
+m = learner()
+h = train(m, Double(), steps=3, checkpoint=sys.argv[1], **TASK)
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Two gloo ranks, each with half of the tasks, make the same steps as one process with all of them."""
+    here = os.path.dirname(__file__)
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(paths=[here, os.path.dirname(here)]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    subprocess.run([sys.executable, script, tmp_path / "one.pt"], check=True, env=environment, timeout=120)
+    with socket.socket() as free:  # the variables that torchrun sets, without its agent
+        free.bind(("127.0.0.1", 0))
+        environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [subprocess.Popen([sys.executable, script, tmp_path / "two.pt"], env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)})
+             for r in range(2)]
+    assert [r.wait(timeout=180) for r in ranks] == [0, 0]
+    one, two = read_checkpoint(tmp_path / "one.pt"), read_checkpoint(tmp_path / "two.pt")
+    assert one["step"] == two["step"] == 3
+    for name, value in one["optimizer"]["state"].items():  # Adam's first moment: an average of the gradients
+        torch.testing.assert_close(two["optimizer"]["state"][name]["exp_avg"], value["exp_avg"], rtol=1e-6, atol=1e-12)
+    for name, value in one["learner"].items():
+        torch.testing.assert_close(two["learner"][name], value, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(one["history"]["loss"], two["history"]["loss"], rtol=1e-6, atol=0)
