@@ -109,6 +109,25 @@ def test_batched_equals_per_task():
     torch.testing.assert_close(maml.predict(tasks), torch.cat([maml.predict(tasks[t : t + 1]) for t in range(3)]))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_chunks_of_tasks_on_threads_change_nothing(monkeypatch, threads):
+    maml, tasks = MAML(network(**CACTUS), 0.1, inner_steps=2, test_steps=3, meta_sgd=True), episodes(tasks=5)
+    losses, accuracies = maml.loss(tasks)
+    whole, logits = meta_gradient(maml, losses), maml.predict(tasks)
+    monkeypatch.setattr("umeta_core.maml.CACHE_BYTES", 0)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        chunked, _ = maml.loss(tasks)
+        torch.testing.assert_close(chunked, losses)
+        for name, g in meta_gradient(maml, chunked).items():
+            torch.testing.assert_close(g, whole[name])
+        torch.testing.assert_close(maml.predict(tasks), logits)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_predictions_follow_the_plain_loop_step_by_step():
     maml, tasks = MAML(network(norm="affine"), 0.1, adapt_norm=True, test_lr=0.05), episodes(tasks=1)
     curve = maml.predict_curve(tasks, [0, 1, 4])

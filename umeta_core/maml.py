@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from .episodes import Episodes
 from .fast_conv4 import Head, PatchMoments, TaskNets, to_groups
 from .networks import Conv4
+
+
+CACHE_BYTES = 5e6  # measured: larger first maps are slower than tasks in chunks
 
 
 def adapt(forward: Callable, params: list[Tensor], rates: list, x: Tensor, y: Tensor, steps: int,
@@ -129,14 +133,7 @@ class MAML(nn.Module):
         start = self.network.tensors(episodes.way)
         if not isinstance(self.network, Conv4):
             return self._predict_curve_reference(start, rates, xs, ys, xq, episodes, at)
-        run = _InnerLoop(self, episodes, start, rates)
-        curve = []
-        for step in range(at[-1] + 1):
-            if step in at:
-                curve.append(run.query_logits())
-            if step < at[-1]:
-                run.step(keep=False)
-        return torch.stack(curve)
+        return torch.cat(_over_chunks(self.network, episodes, lambda e: _InnerLoop(self, e, start, rates).curve(at)), 1)
 
     def _predict_curve_reference(self, start, rates, xs, ys, xq, episodes, at) -> Tensor:
         scale, curve, done = self._weight(episodes) * ys.shape[1], [], 0
@@ -191,32 +188,56 @@ class _InnerLoop:
             self.path.append((nets, grads))
         self.params = torch._foreach_sub(self.params, torch._foreach_mul(grads, self.rates))
 
-    def query_logits(self) -> Tensor:
-        nets = self.nets(self.yq, 1 / self.yq.shape[1], None)
-        nets.losses(self.params, self.xq)
-        return nets.head.logits
+    def curve(self, at: list[int]) -> Tensor:
+        """Query logits ``[len(at), T, N*Q, N]`` after each number of steps in `at`."""
+        logits = []
+        for step in range(at[-1] + 1):
+            if step in at:
+                nets = self.nets(self.yq, 1 / self.yq.shape[1], None)
+                nets.losses(self.params, self.xq)
+                logits.append(nets.head.logits)
+            if step < at[-1]:
+                self.step(keep=False)
+        return torch.stack(logits)
 
-    def meta_gradient(self, steps: int, first_order: bool, learn_rates: bool):
-        """Losses ``[T]``, query logits, and each task's gradient for the start weights and (if asked) for the rates.
+    def meta_gradient(self) -> list[Tensor]:
+        """Losses ``[T]``, query logits, and each task's gradients ``[T, ...]`` for the start weights and learned rates.
 
         Backward through ``p_{k+1} = p_k - rate * g(p_k)``, with v the gradient for p_{k+1}: the gradient for p_k is
         ``v - H(p_k) (rate * v)`` and that for the rate is ``-g(p_k) * v``. A weight with rate 0 is not adapted, and the
         same formula gives its meta-gradient. (eq-maml-hypergradient)
         """
-        for _ in range(steps):
+        maml = self.maml
+        for _ in range(maml.inner_steps):
             self.step(keep=True)
         nets = self.nets(self.yq, 1 / self.yq.shape[1], None)
         losses = nets.losses(self.params, self.xq)
         v, rate_grads = nets.gradient(), None
         while self.path:
             nets_k, grads = self.path.pop()
-            if learn_rates:
+            if maml.rates is not None:
                 here = torch._foreach_mul(grads, v)
                 rate_grads = here if rate_grads is None else torch._foreach_add(rate_grads, here)
-            if not first_order:
+            if not maml.first_order:
                 v = torch._foreach_sub(v, nets_k.hessian_vector(torch._foreach_mul(v, self.rates)))
-        rate_grads = [-g for g in rate_grads] if rate_grads is not None else []
-        return losses, nets.head.logits, v, rate_grads
+        grads = [*v, *(-g for g in rate_grads or [])]
+        return [losses, nets.head.logits, *(self.per_task(i % len(v), g) for i, g in enumerate(grads))]
+
+
+def _over_chunks(net: Conv4, episodes: Episodes, f: Callable) -> list:
+    """f of chunks of tasks, in order. On the CPU, where the first map of all tasks outgrows the cache, chunks of two
+    tasks run on as many Python threads as torch has, one core each; otherwise there is one chunk."""
+    first_map = episodes.way * episodes.shot * net.weights[0].shape[0] * (net.size // net.geometry.stride) ** 2 * 4
+    if episodes.support.device.type != "cpu" or len(episodes) * first_map < CACHE_BYTES:
+        return [f(episodes)]
+    chunks = [episodes[i : i + 2] for i in range(0, len(episodes), 2)]
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [f(c) for c in chunks]
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+        results = list(pool.map(torch.no_grad()(f), chunks))
+    torch.set_num_threads(threads)  # the matrix library keeps one setting for the whole process
+    return results
 
 
 class _MetaLoss(torch.autograd.Function):
@@ -225,9 +246,8 @@ class _MetaLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, maml, episodes, rates, *tensors):
         start = tensors[: len(rates)]
-        inner = _InnerLoop(maml, episodes, start, rates)
-        losses, logits, grads, rate_grads = inner.meta_gradient(maml.inner_steps, maml.first_order, maml.rates is not None)
-        ctx.grads = [inner.per_task(i % len(rates), g) for i, g in enumerate([*grads, *rate_grads])]
+        parts = _over_chunks(maml.network, episodes, lambda e: _InnerLoop(maml, e, start, rates).meta_gradient())
+        losses, logits, *ctx.grads = (torch.cat(chunks) for chunks in zip(*parts))
         ctx.mark_non_differentiable(logits)
         return losses, logits
 
