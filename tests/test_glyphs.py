@@ -1,5 +1,6 @@
 """The built-in dataset: the recipe's parts, the shape of the whole, its splits, its hash and its cache."""
 
+import unicodedata
 import warnings
 
 import numpy as np
@@ -10,6 +11,7 @@ pytest.importorskip("matplotlib")
 from umeta_core import glyphs as glyphs_module
 from umeta_core.glyphs import (
     CONTENT_SHA256,
+    FACES,
     REFERENCE_FACES,
     alike,
     content_hash,
@@ -38,7 +40,11 @@ def data(cache):
 
 @pytest.fixture(scope="module")
 def sans():
-    return dict(zip([path.stem for path in font_files()], open_faces()))["DejaVuSans"]
+    return open_faces()[FACES.index("DejaVuSans")]
+
+
+def code_points(data):
+    return [ord(unicodedata.lookup(name)) for name in data["class_names"]]
 
 
 def polygon(*corners):
@@ -60,20 +66,19 @@ def test_fill_agrees_with_the_font_renderer(sans):
         ink = fill([outline(sans, ord(letter))])[0]
         rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
         ours = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        sans.load_char(ord(letter), flags=2)
         sans.clear()
-        sans.set_text(letter, 0, flags=2)
+        sans.set_text(letter)
         sans.draw_glyphs_to_bitmap(antialiased=True)
         theirs = np.asarray(sans.get_image())
         theirs = theirs[np.flatnonzero(theirs.any(1))][:, np.flatnonzero(theirs.any(0))]
-        y, x = (((np.arange(n) + 0.5) / n * m).astype(int) for n, m in zip(ours.shape, theirs.shape))
+        y, x = (((np.arange(n) + 0.5) / n * m).astype(int) for n, m in zip(ours.shape, theirs.shape, strict=True))
         assert (ours != (theirs[np.ix_(y, x)] > 127)).mean() < 0.03, letter
 
 
 def test_signed_distance_is_euclidean(sans):
     ndimage = pytest.importorskip("scipy.ndimage")
     ink = fill([outline(sans, ord(letter)) for letter in "R@"])
-    for one, distance in zip(ink, signed_distance(ink)):
+    for one, distance in zip(ink, signed_distance(ink), strict=True):
         exact = np.where(one, ndimage.distance_transform_edt(one) - 0.5, 0.5 - ndimage.distance_transform_edt(~one))
         near = np.abs(exact) < glyphs_module.REACH
         assert np.abs(exact - distance / 8)[near].max() <= 1 / 16
@@ -104,8 +109,8 @@ def test_a_drawing_depends_on_its_character_and_the_seed_alone(sans):
 
 def test_remaking_gives_the_same_bytes(data, monkeypatch):
     wanted = [0, 700, len(data["split"]) - 1]
-    choose = glyphs_module.choose_classes
-    monkeypatch.setattr(glyphs_module, "choose_classes", lambda faces: [choose(faces)[i] for i in wanted])
+    classes = [(code_points(data)[i], data["scripts"][i]) for i in wanted]
+    monkeypatch.setattr(glyphs_module, "choose_classes", lambda faces: classes)
     again = make_glyphs(progress=False)
     for name in data:
         assert np.array_equal(again[name], data[name][wanted]), name
@@ -135,24 +140,23 @@ def test_every_drawing_shows_something(data):
     ink = (data["images28"] / 255).sum((2, 3))  # in pixels of 28x28
     assert ink.min() > 8 and ink.max() < 0.5 * 28 * 28
     drawings = data["images28"].reshape(-1, 28 * 28)
-    assert len(np.unique(drawings, axis=0)) == len(drawings)
+    assert len({drawing.tobytes() for drawing in drawings}) == len(drawings)
 
 
 def test_no_two_classes_have_the_same_clean_raster(data):
-    """In each reference face the filled outlines overlap by less than 95 % of their union, for any two classes."""
-    import unicodedata
-
-    codes = [ord(unicodedata.lookup(name)) for name in data["class_names"]]
-    for path, face in zip(font_files(), open_faces()):
-        if path.stem in REFERENCE_FACES:
-            known = face.get_charmap()
-            lines = [outline(face, code) for code in codes if code in known]
-            ink = np.concatenate([fill(lines[i : i + 64])[:, 1::2, 1::2] for i in range(0, len(lines), 64)])
-            ink = ink.reshape(len(ink), -1).astype(np.float32)
-            both = ink @ ink.T
-            overlap = both / (ink.sum(1)[:, None] + ink.sum(1) - both)
-            np.fill_diagonal(overlap, 0)
-            assert overlap.max() < 0.95, path.stem
+    """In each reference face, two filled outlines share under 98 % of their union (a dot may tell them apart)."""
+    codes = code_points(data)
+    for name, face in zip(FACES, open_faces(), strict=True):
+        if name not in REFERENCE_FACES:
+            continue
+        known = face.get_charmap()
+        lines = [outline(face, code) for code in codes if code in known]
+        ink = np.concatenate([fill(lines[i : i + 64])[:, 1::2, 1::2] for i in range(0, len(lines), 64)])
+        ink = ink.reshape(len(ink), -1).astype(np.float32)
+        both = ink @ ink.T
+        overlap = both / (ink.sum(1)[:, None] + ink.sum(1) - both)
+        np.fill_diagonal(overlap, 0)
+        assert overlap.max() < 0.98, name
 
 
 def test_pixels_are_not_enough(data):
@@ -183,21 +187,22 @@ def test_cached_reload_is_equal_and_silent(data, cache, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text"])
 def test_a_damaged_cache_is_made_again(data, tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(glyphs_module, "make_glyphs", lambda *_, **__: data)
-    glyphs(tmp_path)
+    few = {name: array[::100] for name, array in data.items()}
+    monkeypatch.setattr(glyphs_module, "make_glyphs", lambda *_, **__: few)
+    glyphs(tmp_path, seed=1)
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
     if damage == "flipped":
         content[len(content) // 2] ^= 255
     path.write_bytes({"cut": content[:1000], "flipped": content, "text": b"not an archive"}[damage])
     with pytest.warns(UserWarning, match="damaged"):
-        again = glyphs(tmp_path)
-    assert content_hash(again) == content_hash(data)
-    assert np.array_equal(glyphs(tmp_path)["images105"], data["images105"])
+        glyphs(tmp_path, seed=1)
+    again = glyphs(tmp_path, seed=1)
+    assert all(np.array_equal(again[name], few[name]) for name in few)
 
 
 def test_other_content_warns(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(glyphs_module, "make_glyphs", lambda *_, **__: {**data, "images28": 255 - data["images28"]})
+    monkeypatch.setattr(glyphs_module, "make_glyphs", lambda *_, **__: {name: data[name][::100] for name in data})
     with pytest.warns(UserWarning, match="differ from the reference"):
         glyphs(tmp_path)
 

@@ -54,7 +54,7 @@ def _flat(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_without_replacement(counts: Tensor, r: int, generator: torch.Generator) -> Tensor:
-    """For every entry m of `counts` ``[...]``, r different numbers of 0..m-1 in random order: ``[..., r]``.
+    """For every entry m of `counts` ``[...]``, r different numbers of 0..m-1 in random order: ``[..., r]``. (eq-floyd)
 
     Floyd's algorithm (Bentley & Floyd, 1987): draw i is uniform on 0..m-r+i and, if taken already, becomes m-r+i.
     It needs r draws whatever m is, so a source with clusters of 10 and of 10,000 members costs the same.

@@ -35,7 +35,7 @@ class Evaluation:
 
 
 def interval(accuracies: Tensor) -> float:
-    """``1.96 * sigma / sqrt(tasks)`` in percentage points, sigma the population standard deviation over tasks."""
+    """``1.96 * sigma / sqrt(tasks)`` in percentage points; sigma: population standard deviation over tasks. (eq-ci)"""
     a = accuracies.double()
     return 196 * a.std(correction=0).item() / len(a) ** 0.5
 

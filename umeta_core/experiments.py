@@ -19,15 +19,15 @@ from .evaluation import evaluate, evaluate_curve
 from .maml import MAML
 from .networks import Conv4
 from .protonets import ProtoNet
-from .results import REPOSITORY, matches, provenance, published, results_folder, write_record
+from .results import REPOSITORY, SCALES, matches, provenance, published, results_folder, write_record
 from .training import train
 
 NOTEBOOKS = REPOSITORY / "notebooks" / "experiments"
-TEST_TASKS = {"smoke": 5, "quick": 200, "full": 1000}
 TEST_QUERY = 5  # per class, always (CACTUs, section 4.1)
 
-# Rough (seconds per training step on 20-way tasks, seconds per image in a test), for the printed plan only.
-_RATES = {("protonets", "cpu"): (0.1, 1e-4), ("maml", "cpu"): (0.12, 1e-5)}
+# Seconds per training step on 20-way tasks, and per image and test pass, for the printed plan only. Measured with one
+# thread of an AMD EPYC (Zen 5) on Omniglot; "None" is a device on which nobody has measured yet.
+_RATES = {("protonets", "cpu"): (0.13, 4.5e-4), ("maml", "cpu"): (0.24, 1e-4)}
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Row:
 
     `learner` is "protonets" or "maml", made with the keyword arguments `network` (of Conv4) and `options`. `steps` maps
     a scale to the number of meta-training steps; "full" is the paper's. `tasks`, `way`, `shot`, `query` and `lr` are
-    those of meta-training; `tests` are (way, shot) pairs. `deviation` says where even the full run departs from the
-    paper; such a run is never called reproduced.
+    those of meta-training; `tests` are (way, shot) pairs, each measured on `test_tasks` tasks. `deviation` says where
+    even the full run departs from the paper; such a run is never called reproduced.
     """
 
     slug: str
@@ -58,7 +58,8 @@ class Row:
     way: int = 20
     shot: int = 1
     lr: float = 1e-3
-    tests: tuple = field(default=((5, 1), (5, 5), (20, 1), (20, 5)))
+    tests: tuple = ((5, 1), (5, 5), (20, 1), (20, 5))
+    test_tasks: dict = field(default_factory=lambda: {"smoke": 5, "quick": 100, "full": 1000})
     deviation: str = ""
 
     def protocol(self) -> dict:
@@ -87,7 +88,7 @@ _ORACLE_MAML = Row(
 _SCRATCH = Row(  # the same network from one random initialization that all tasks share, adapted longer and faster
     slug="scratch", table="8", method="Training from scratch", learner="maml", network=_MAML_NETWORK,
     options={"inner_lr": 0.1, "test_steps": 200, "inner_loss": "sum", "adapt_norm": False},
-    steps={"smoke": 0, "quick": 0, "full": 0}, tasks=0, query=0,
+    steps={"smoke": 0, "quick": 0, "full": 0}, tasks=0, query=0, test_tasks={"smoke": 2, "quick": 40, "full": 1000},
 )  # fmt: skip
 
 
@@ -113,9 +114,8 @@ def find_row(slug: str, dataset: str | None = None) -> Row:
     `dataset` moves it. ValueError lists the rows there are.
     """
     for row in ROWS:
-        name, _, place = slug.partition(row.slug)
-        place = place.removeprefix("-").replace("-", "_") or row.dataset
-        if not name and place in ABOUT:
+        place = row.dataset if slug == row.slug else slug.removeprefix(f"{row.slug}-").replace("-", "_")
+        if slug.startswith(row.slug) and place in ABOUT:
             known(dataset or place)
             return on_dataset(row, dataset or place)
     raise ValueError(f"unknown row {slug!r}; rows: {', '.join(row.slug for row in ROWS)}")
@@ -161,7 +161,7 @@ def untrained(row: Row, seed: int, device="cpu") -> torch.nn.Module:
 def train_row(row: Row, scale: str, seed: int, device="cpu", checkpoint=None) -> tuple[torch.nn.Module, dict]:
     """Meta-train the row's learner, going on from `checkpoint` if it exists. Returns the learner and the history."""
     learner = untrained(row, seed, device)
-    if row.steps[_scale(scale)] == 0:
+    if row.steps[scale] == 0:
         return learner, {"step": [], "loss": [], "accuracy": [], "seconds": 0.0}
     source = PartitionTasks(load(row.dataset, "train", protocol=row.split_protocol, device=device))
     history = train(
@@ -169,12 +169,6 @@ def train_row(row: Row, scale: str, seed: int, device="cpu", checkpoint=None) ->
         lr=row.lr, seed=seed, device=device, checkpoint=checkpoint, config={"row": row.slug, **row.protocol()},
     )  # fmt: skip
     return learner, history
-
-
-def _scale(name: str) -> str:
-    if name not in TEST_TASKS:
-        raise ValueError(f"unknown scale {name!r}; scales: {', '.join(TEST_TASKS)}")
-    return name
 
 
 def measure(row: Row, learner, scale: str, seed: int, device="cpu") -> list[dict]:
@@ -186,7 +180,7 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu") -> list[dict
     cells = []
     learner.eval()
     for way, shot in row.tests:
-        task = {"way": way, "shot": shot, "query": TEST_QUERY, "tasks": TEST_TASKS[_scale(scale)]}
+        task = {"way": way, "shot": shot, "query": TEST_QUERY, "tasks": row.test_tasks[scale]}
         if isinstance(learner, MAML):
             last = learner.test_steps
             at = sorted({*range(min(10, last)), *range(0, last, 5), last})
@@ -207,6 +201,9 @@ def run_row(row: Row, scale="quick", seed=0, device="cpu", folder=None, checkpoi
         checkpoint: file to save to and resume from; an interrupted run goes on where it stopped.
         notebook: path of the executed notebook, to be named in the record.
     """
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; scales: {', '.join(SCALES)}")
+    origin = provenance(device)  # before the run: the code that is about to be executed
     learner, history = train_row(row, scale, seed, device, checkpoint)
     started = time.perf_counter()
     cells = measure(row, learner, scale, seed, device)
@@ -215,7 +212,7 @@ def run_row(row: Row, scale="quick", seed=0, device="cpu", folder=None, checkpoi
         "variant": row.variant, "dataset": row.dataset, "scale": scale, "seed": seed, "steps": row.steps[scale],
         "paper_steps": row.steps["full"], "tasks_per_step": row.tasks, "deviation": row.deviation, "cells": cells,
         "seconds": round(history["seconds"], 1), "test_seconds": round(time.perf_counter() - started, 1),
-        "history": _thinned(history), "protocol": row.protocol(), "notebook": notebook, **provenance(device),
+        "history": _thinned(history), "protocol": row.protocol(), "notebook": notebook, **origin,
     }  # fmt: skip
     write_record(record, folder)
     return record
@@ -229,15 +226,14 @@ def _thinned(history: dict, points: int = 100) -> dict:
 
 
 def expected_seconds(row: Row, scale: str, device="cpu") -> float | None:
-    """Rough seconds for `run_row`: steps and test tasks times the rates of `_RATES`. None: never measured."""
+    """Rough seconds of one run with one thread, from measured rates; None where nobody has measured."""
     rates = _RATES.get((row.learner, torch.device(device).type))
     if rates is None:
         return None
     per_step, per_image = rates
-    # an adaptation step passes the support forward and back: about three passes an image
-    passes = 3 * row.options["test_steps"] if row.learner == "maml" else 1
-    images = TEST_TASKS[scale] * sum(way * (shot * passes + TEST_QUERY) for way, shot in row.tests)
-    return 15 + row.steps[scale] * per_step * row.way / 20 + images * per_image
+    steps = row.options.get("test_steps", 1)  # an adaptation step passes the support images only
+    images = sum(way * (shot * steps + TEST_QUERY) for way, shot in row.tests)
+    return 15 + row.steps[scale] * per_step * row.way / 20 + row.test_tasks[scale] * images * per_image
 
 
 def execute_notebook(row: Row, scale: str, seed: int, device="cpu", threads=1, folder=None, runs="runs", restart=False):

@@ -313,7 +313,7 @@ class Head:
         return self._to_maps(torch.bmm(self.g, self.w)), torch.bmm(self.g.transpose(1, 2), self.f), self.g.sum(1)
 
     def push(self, dx: Tensor, dw: Tensor, db: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Derivative of `backward` in the direction (dx, dw, db)."""
+        """Derivative of `backward` in the direction (dx, dw, db). (eq-r-operator)"""
         df = self._features(dx)
         dlogits = torch.baddbmm(torch.baddbmm(db.unsqueeze(1), self.f, dw.transpose(1, 2)), df, self.w.transpose(1, 2))
         pd = self.p * dlogits

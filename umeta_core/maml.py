@@ -46,7 +46,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of right answers of each task ``[T]``."""
+    """Share of right answers of each task ``[T]``. (eq-accuracy)"""
     return (logits.argmax(2) == y).float().mean(1)
 
 
@@ -94,7 +94,7 @@ class MAML(nn.Module):
         return [*self.rates[:-2], self.rates[-2][:way], self.rates[-1][:way]]
 
     def _weight(self, episodes: Episodes) -> float:
-        """What one support image counts in the inner loss."""
+        """What one support image counts in the inner loss. (eq-maml-scale)"""
         return 1 / episodes.shot if self.inner_loss == "sum" else 1 / (episodes.shot * episodes.way)
 
     def loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:

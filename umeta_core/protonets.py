@@ -17,7 +17,8 @@ def prototypes(z: Tensor) -> Tensor:
 def squared_distances(z: Tensor, c: Tensor, reduce: str = "sum") -> Tensor:
     """Squared Euclidean distances ``[T, n, N]`` of features ``[T, n, d]`` to prototypes ``[T, N, d]``. (eq-proto-distance)
 
-    Expanded to ``|z|^2 - 2 z.c + |c|^2``, so that the work is one matrix product. `reduce` "mean" divides by d (LASIUM's code).
+    Expanded to ``|z|^2 - 2 z.c + |c|^2``, so that the work is one matrix product (eq-proto-linear).
+    `reduce` "mean" divides by d (LASIUM's code).
     """
     d = z.square().sum(2, keepdim=True) - 2 * z @ c.transpose(1, 2) + c.square().sum(2).unsqueeze(1)
     return d if reduce == "sum" else d / z.shape[2]
@@ -48,7 +49,7 @@ class ProtoNet(nn.Module):
         return -squared_distances(z[:, n:], prototypes(support), self.distance)
 
     def loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
-        """Mean query cross-entropy ``[T]`` and accuracy ``[T]``.
+        """Mean query cross-entropy ``[T]`` (eq-proto-loss) and accuracy ``[T]``.
 
         All images of the batch, support and query, pass the network together and share batch statistics.
         """

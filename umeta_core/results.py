@@ -188,8 +188,8 @@ def verdict(paper, paper_ci, ours, ci95=0.0, spread=0.0, reduced=False) -> str:
     """Say in a word how a measured number stands beside the published one (all arguments in percent).
 
     *reproduced*: the difference is at most the largest of 1.5 points, twice the standard deviation over seeds
-    (``spread``), and the two intervals together. *higher* and *lower* are what they say. *reduced budget*: the run
-    was smaller than the paper's, so the difference is shown but not judged.
+    (``spread``), and the two intervals together (eq-verdict-tolerance). *higher* and *lower* are what they say.
+    *reduced budget*: the run was smaller than the paper's, so the difference is shown but not judged.
     """
     if ours is None:
         return "not run"
