@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
-from umeta_core import experiments, results
+from umeta_core import cli, experiments, results
 from umeta_core.cli import main
 
 SMALL = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(results.REPOSITORY)}
 
 
-def umeta(*arguments, **environment):
+def umeta(*arguments):
     """Run the command in a process of its own."""
     command = [sys.executable, "-m", "umeta_core.cli", *map(str, arguments)]
-    return subprocess.run(command, env={**SMALL, **environment}, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=SMALL, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,8 @@ def test_the_plan_of_a_table(tmp_path, capsys):
     assert main([*plan, "--scale", "full", "--seeds", "0", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:-1:2]] == [row.slug for row in experiments.ROWS]
-    assert "30,000 steps  about 1." in lines[0] and lines[-1].startswith("8 of 8 runs to do on cpu; one after another")
+    assert "30,000 steps  about 68 min" in lines[0]
+    assert lines[-1].startswith("8 of 8 runs to do on cpu; one after another")
     assert main([*plan, "--rows", "protonets,scratch", "--dataset", "glyphs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["oracle-protonets-glyphs", "scratch-glyphs"]
@@ -85,6 +86,17 @@ def test_a_missing_engine_is_named(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["reproduce", "cactus", "--rows", "scratch", "--scale", "smoke"]) == 2
     assert "snakemake and papermill not installed; pip install 'umeta[reproduce]'" in capsys.readouterr().err
+
+
+def test_two_reproductions_do_not_share_a_folder(tmp_path, capsys):
+    pytest.importorskip("snakemake")
+    pytest.importorskip("papermill")
+    command = ["reproduce", "cactus", "--rows", "scratch", "--scale", "smoke", "--runs", str(tmp_path)]
+    with cli._only_one(tmp_path):
+        assert main(command) == 2
+    assert f"another umeta reproduce is at work in {tmp_path}" in capsys.readouterr().err
+    with cli._only_one(tmp_path):  # free again
+        pass
 
 
 def test_rows_move_to_other_datasets():
@@ -120,20 +132,22 @@ def test_an_unknown_notebook_parameter_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_train_then_evaluate_from_the_checkpoint(tmp_path):
-    arguments = ("oracle-protonets", "--dataset", "glyphs", "--scale", "smoke", "--checkpoint", tmp_path / "p.pt")
-    trained, evaluated = umeta("train", *arguments), umeta("evaluate", *arguments)
-    assert (trained.returncode, evaluated.returncode) == (0, 0), trained.stderr + evaluated.stderr
-    assert trained.stdout.splitlines()[1:] == evaluated.stdout.splitlines()[1:]
-    wrong = umeta("evaluate", "oracle-maml", "--dataset", "glyphs", "--checkpoint", tmp_path / "p.pt")
-    assert wrong.returncode == 2 and "another network" in wrong.stderr and wrong.stderr.count("\n") == 1
+def test_train_then_evaluate_from_the_checkpoint(tmp_path, capsys):
+    rest = ["--dataset", "glyphs", "--scale", "smoke", "--checkpoint", str(tmp_path / "p.pt")]
+    assert main(["train", "oracle-protonets", *rest]) == 0
+    trained = capsys.readouterr().out.splitlines()
+    assert main(["evaluate", "oracle-protonets", *rest]) == 0
+    evaluated = capsys.readouterr().out.splitlines()
+    assert len(trained) == 5 and trained[1:] == evaluated[1:]
+    assert main(["evaluate", "oracle-maml", *rest]) == 2
+    assert "p.pt is of another network than oracle-maml-glyphs" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
 def test_reproduce_runs_records_and_resumes(tmp_path):
     pytest.importorskip("snakemake")
     pytest.importorskip("papermill")
-    arguments = ("reproduce", "cactus", "--table", "8", "--rows", "protonets", "--dataset", "glyphs", "--scale", "smoke",
+    arguments = ("reproduce", "cactus", "--table", 8, "--rows", "protonets", "--dataset", "glyphs", "--scale", "smoke",
                  "--cores", 1, "--runs", tmp_path / "runs", "--results", tmp_path / "results")  # fmt: skip
     done = umeta(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr

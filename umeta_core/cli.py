@@ -6,6 +6,7 @@ A user's mistake is one line on standard error and exit code 2. Set ``UMETA_DEBU
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -114,8 +115,7 @@ def _data_list(arguments) -> None:
     from .data import datasets
 
     for about in datasets():
-        where = f"{about['found'] or 'not found'}"
-        print(f"{about['name']:14} {where:30} {', '.join(about['splits']):16} {about['what']}")
+        print(f"{about['name']:14} {about['found'] or 'not found'}\n{'':14} {about['what']}")
 
 
 def _data_info(arguments) -> None:
@@ -267,16 +267,35 @@ def _snakemake(arguments, slugs: list[str], folder: Path) -> None:
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(runs),
         "--cores", str(arguments.cores), "--resources", f"gpu={arguments.gpus}", "--rerun-triggers", "mtime",
-        "--rerun-incomplete", "--keep-going", "--quiet", "rules", "--config",
+        "--rerun-incomplete", "--nolock", "--keep-going", "--quiet", "rules", "--config",
         *(f"{key}={value}" for key, value in config.items() if value is not None),
     ]  # fmt: skip
     command += ["--profile", arguments.profile] if arguments.profile else []
     command += ["--forcerun", "row"] if arguments.force else []
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with _only_one(runs) as lock:
+        done = subprocess.run(command, env=environment, pass_fds=[lock.fileno()], check=False)
     if done.returncode:
         raise ValueError(f"a run failed (above); its notebook and checkpoint are in {runs / arguments.paper}. "
                          "The same command goes on from there")
+
+
+@contextlib.contextmanager
+def _only_one(runs: Path):
+    """Yield a file whose lock keeps a second `umeta reproduce` out of the folder; ValueError if there is a first one.
+
+    Snakemake's own lock outlives a killed process and then has to be removed by hand; this one goes with the process.
+    """
+    import fcntl
+
+    with open(runs / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"another umeta reproduce is at work in {runs}; wait for it, or use another --runs"
+            raise ValueError(message) from None
+        yield lock
 
 
 def _results(arguments) -> None:
@@ -289,6 +308,9 @@ def main(argv=None) -> int:
     arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
+    except BrokenPipeError:  # the reader, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("UMETA_DEBUG"):
             raise
