@@ -20,7 +20,9 @@ def arguments(doc: str, **more) -> argparse.Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", **options)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    print(f"allocator tuned: {tune_cpu()}; torch {torch.__version__}; {given.device}; {given.threads} threads", flush=True)
+    print(
+        f"allocator tuned: {tune_cpu()}; torch {torch.__version__}; {given.device}; {given.threads} threads", flush=True
+    )
     return given
 
 
@@ -59,7 +61,12 @@ def report(times: dict[str, list[float]], ours: str, peers: set[str], gflop: flo
     rate = matmul_rate(device)
     middle = {name: statistics.median(t) for name, t in times.items()}
     for name, ms in middle.items():
-        share = "" if gflop is None else f"  {gflop / ms * 1e3:6.0f} GFLOP/s, {100 * gflop / ms * 1e3 / rate:4.0f} % of the matrix product's {rate:.0f}"
+        share = (
+            ""
+            if gflop is None
+            else f"  {gflop / ms * 1e3:6.0f} GFLOP/s, "
+            f"{100 * gflop / ms * 1e3 / rate:4.0f} % of the matrix product's {rate:.0f}"
+        )
         print(f"  {name:22s} median {ms:8.1f} ms  (min {min(times[name]):8.1f}, max {max(times[name]):8.1f}){share}")
     rivals = {name: ms for name, ms in middle.items() if name in peers}
     if rivals:

@@ -71,6 +71,7 @@ def loop(net, batch):
 
 def with_higher(net, batch):
     import higher
+
     total, inner = 0.0, torch.optim.SGD(net.parameters(), lr=LR)
     for xs, ys, xq, yq in zip(*batch.flat()):
         with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (fast, optimizer):
@@ -84,6 +85,7 @@ def with_higher(net, batch):
 
 def with_learn2learn(net, batch):
     import learn2learn
+
     maml, total = learn2learn.algorithms.MAML(net, lr=LR, first_order=False), 0.0
     for xs, ys, xq, yq in zip(*batch.flat()):
         fast = maml.clone()
@@ -126,11 +128,16 @@ def check(setting) -> None:
     results = {}
     for name, (params, run) in entrants(setting, "cpu", torch.float64).items():
         loss = run()
-        results[name] = loss, torch.cat(sorted((p.grad.flatten() for p in params), key=lambda g: (len(g), g.abs().sum())))
+        results[name] = (
+            loss,
+            torch.cat(sorted((p.grad.flatten() for p in params), key=lambda g: (len(g), g.abs().sum()))),
+        )
     want_loss, want = results["loop over tasks"]
     for name, (loss, grad) in results.items():
         error = ((grad - want).norm() / want.norm()).item()
-        assert abs(loss - want_loss) < 1e-9 and error < 1e-7, f"{name}: loss {loss} against {want_loss}, gradient off by {error:.1e}"
+        assert abs(loss - want_loss) < 1e-9 and error < 1e-7, (
+            f"{name}: loss {loss} against {want_loss}, gradient off by {error:.1e}"
+        )
         print(f"  {name}: same loss, meta-gradient within {error:.0e} (float64)")
 
 
@@ -149,7 +156,9 @@ def main():
             optimizer.step()
 
         steps[name] = step
-    report(interleaved(steps, args.repeats, args.device), "umeta", {"higher", "learn2learn"}, work(*setting), args.device)
+    report(
+        interleaved(steps, args.repeats, args.device), "umeta", {"higher", "learn2learn"}, work(*setting), args.device
+    )
 
 
 if __name__ == "__main__":

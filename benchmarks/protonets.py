@@ -63,8 +63,12 @@ def entrants(device, dtype):
     found["torch layers"] = ([m.weight for m in twin if isinstance(m, nn.Conv2d)], lambda: plain(twin))
     try:
         import learn2learn
+
         other, classifier = torch_network(net).to(device, dtype), learn2learn.nn.PrototypicalClassifier()
-        found["learn2learn"] = ([m.weight for m in other if isinstance(m, nn.Conv2d)], lambda: learn2learn_(other, classifier))
+        found["learn2learn"] = (
+            [m.weight for m in other if isinstance(m, nn.Conv2d)],
+            lambda: learn2learn_(other, classifier),
+        )
     except ImportError as error:
         print(f"  learn2learn: not installed ({error})")
     return found
@@ -72,7 +76,9 @@ def entrants(device, dtype):
 
 def main():
     args = arguments(__doc__)
-    results = {name: (run(), [p.grad for p in params]) for name, (params, run) in entrants("cpu", torch.float64).items()}
+    results = {
+        name: (run(), [p.grad for p in params]) for name, (params, run) in entrants("cpu", torch.float64).items()
+    }
     want_loss, want = results["torch layers"]
     for name, (loss, grads) in results.items():
         error = max(((a - b).norm() / b.norm()).item() for a, b in zip(grads, want))

@@ -75,7 +75,8 @@ def labels_in_docstrings() -> dict[str, str]:
 
 
 def test_finds_equations_in_all_spellings():
-    text = "$$\na\n$$ (eq-one)\n\n% computes: m.f\n$$ b $$ (eq-two)\ntext\n```{math}\n:label: eq-three\nc\n```\n% computes: m.C.g"
+    text = "$$\na\n$$ (eq-one)\n\n% computes: m.f\n$$ b $$ (eq-two)\ntext\n"
+    text += "```{math}\n:label: eq-three\nc\n```\n% computes: m.C.g"
     assert labelled_equations(text) == {"eq-one": "m.f", "eq-two": None, "eq-three": "m.C.g"}
 
 
@@ -102,12 +103,11 @@ def test_every_equation_named_in_the_package_is_in_the_book():
 
 
 def test_every_equation_is_compared_with_its_function():
-    """`tests/test_equations.py` holds one test per label, called `test_eq_...`."""
-    path = ROOT / "tests" / "test_equations.py"
-    tree = ast.parse(path.read_text() if path.exists() else "")
-    tests = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    """`tests/test_equations*.py` hold one test per label, called `test_eq_...`."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "tests").glob("test_equations*.py")]
+    tests = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     missing = [label for label in equations_of_book() if f"test_{label.replace('-', '_')}" not in tests]
-    assert not missing
+    assert not missing, "no test compares these with the package"
 
 
 @needs_site

@@ -163,3 +163,12 @@ def test_reproduce_runs_records_and_resumes(tmp_path):
     again = umeta(*arguments)
     assert again.returncode == 0 and "0 of 1 runs to do" in again.stdout
     assert results.read_records("cactus", tmp_path / "results") == [record]
+
+
+def test_a_shortened_run_is_recorded_as_a_reduced_budget(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UMETA_RESULTS", str(tmp_path))
+    arguments = ["train", "oracle-protonets", "--dataset", "glyphs", "--scale", "smoke", "--steps", "1", "--record"]
+    assert main([*arguments, "--checkpoint", str(tmp_path / "run.pt")]) == 0
+    assert "5-way 1-shot" in capsys.readouterr().out
+    record = results.read_record(tmp_path / "cactus" / "oracle-protonets-glyphs-smoke-seed0.json")
+    assert (record["steps"], record["paper_steps"]) == (1, 30_000) and results.is_reduced(record)

@@ -1,8 +1,8 @@
 import numpy as np
 import torch
 from scipy import stats
-
 from test_training import source
+
 from umeta_core.episodes import Episodes
 from umeta_core.evaluation import evaluate, evaluate_curve, in_chunks, interval
 from umeta_core.maml import MAML
@@ -17,7 +17,9 @@ class Guess:
 
     def predict(self, episodes):
         self.seen.append(episodes.query)
-        return torch.rand(len(episodes), episodes.query[0].flatten(0, 1).shape[0], episodes.way, generator=self.generator)
+        return torch.rand(
+            len(episodes), episodes.query[0].flatten(0, 1).shape[0], episodes.way, generator=self.generator
+        )
 
 
 def test_guessing_is_at_chance_within_the_binomial_interval():

@@ -9,7 +9,12 @@ import torch.nn.functional as F
 
 from umeta_core.fast_conv4 import Geometry, conv_block, to_groups
 
-GEOMETRIES = [Geometry(2), Geometry(2, stride=2, pool=False, eps=1e-3), Geometry(2, stride=1, pool=False), Geometry(2, padding=0)]
+GEOMETRIES = [
+    Geometry(2),
+    Geometry(2, stride=2, pool=False, eps=1e-3),
+    Geometry(2, stride=1, pool=False),
+    Geometry(2, padding=0),
+]
 
 
 def block_inputs(geometry, seed=0, channels=3, filters=4, n=5, size=8):
@@ -88,8 +93,13 @@ def test_tasks_do_not_touch_each_other():
     x, w, scale, shift = block_inputs(geometry)
     both = conv_block(x, w, scale, shift, geometry)[0]
     for t in range(2):
-        one = conv_block(x[:, 3 * t : 3 * t + 3].contiguous(), w[4 * t : 4 * t + 4], scale[4 * t : 4 * t + 4],
-                         shift[4 * t : 4 * t + 4], Geometry(1))[0]
+        one = conv_block(
+            x[:, 3 * t : 3 * t + 3].contiguous(),
+            w[4 * t : 4 * t + 4],
+            scale[4 * t : 4 * t + 4],
+            shift[4 * t : 4 * t + 4],
+            Geometry(1),
+        )[0]
         torch.testing.assert_close(both[:, 4 * t : 4 * t + 4], one)
 
 

@@ -8,8 +8,15 @@ from umeta_core.networks import MLP, Conv4
 
 CACTUS = {"downsample": "stride", "head": "mean", "norm": "shift", "eps": 1e-3, "head_init": "normal"}
 NETWORKS = [CACTUS, {"norm": "affine"}, {"norm": "shift"}]
-SWITCHES = [{}, {"adapt_norm": True}, {"meta_sgd": True}, {"anil": True}, {"first_order": True},
-            {"first_order": True, "meta_sgd": True}, {"inner_loss": "mean"}]
+SWITCHES = [
+    {},
+    {"adapt_norm": True},
+    {"meta_sgd": True},
+    {"anil": True},
+    {"first_order": True},
+    {"first_order": True, "meta_sgd": True},
+    {"inner_loss": "mean"},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +28,10 @@ def double():
 
 def episodes(tasks=2, way=3, shot=2, query=2, size=16, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return Episodes(torch.rand(tasks, way, shot, 1, size, size, generator=g), torch.rand(tasks, way, query, 1, size, size, generator=g))
+    return Episodes(
+        torch.rand(tasks, way, shot, 1, size, size, generator=g),
+        torch.rand(tasks, way, query, 1, size, size, generator=g),
+    )
 
 
 def network(way=3, seed=0, **options):
@@ -61,7 +71,9 @@ def reference_losses(maml, tasks):
 
 def meta_gradient(maml, losses):
     maml.zero_grad()
-    (losses * torch.linspace(1, 2, len(losses))).sum().backward()  # uneven weights: each task's gradient must be its own
+    (
+        losses * torch.linspace(1, 2, len(losses))
+    ).sum().backward()  # uneven weights: each task's gradient must be its own
     return {n: p.grad.clone() for n, p in maml.named_parameters() if p.requires_grad and p.grad is not None}
 
 
@@ -79,7 +91,9 @@ def test_meta_gradient_equals_the_plain_loop(options, switches):
         assert accuracies.shape == (2,)
         assert set(want) <= set(got)
         for name, g in got.items():
-            torch.testing.assert_close(g, want.get(name, torch.zeros_like(g)), rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                g, want.get(name, torch.zeros_like(g)), rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 @pytest.mark.parametrize("options", NETWORKS, ids=lambda o: o.get("downsample", "") + o["norm"])
@@ -136,7 +150,9 @@ def test_predictions_follow_the_plain_loop_step_by_step():
     for step in range(5):
         if step in (0, 1, 4):
             torch.testing.assert_close(curve[[0, 1, 4].index(step), 0], reference_logits(params, xq, maml.network))
-        grads = torch.autograd.grad(F.cross_entropy(reference_logits(params, xs, maml.network), ys, reduction="sum") / 2, params)
+        grads = torch.autograd.grad(
+            F.cross_entropy(reference_logits(params, xs, maml.network), ys, reduction="sum") / 2, params
+        )
         params = [p - 0.05 * g for p, g in zip(params, grads)]
     torch.testing.assert_close(maml.predict_curve(tasks, [4])[0], curve[2])
 
@@ -198,7 +214,7 @@ def test_no_scale_trap():
 
 def test_vmap_over_batch_norm_trap():
     """`vmap` over `F.batch_norm` gets the loss right and the second-order gradient wrong; a learner built on it would
-    train on a wrong meta-gradient without a word. Ours agrees with the loop (above); this records that the trap is real.
+    train on a wrong meta-gradient without a word. Ours agrees with the loop (above); this shows that the trap is real.
     """
     from torch.func import grad, vmap
 

@@ -91,7 +91,8 @@ def test_one_line_equation_and_comment(book):
 
 
 def test_nested_fences(book):
-    text = "````{exercise} Title\n:label: ex-a\nDo it.\n\n```{hint}\nLook at {eq}`eq-a`.\n```\n\n```python\nx = 1\n```\n````\nafter"
+    hint, code = "```{hint}\nLook at {eq}`eq-a`.\n```", "```python\nx = 1\n```"
+    text = f"````{{exercise}} Title\n:label: ex-a\nDo it.\n\n{hint}\n\n{code}\n````\nafter"
     assert plain(text, book) == (
         "#### Exercise 2.2: Title\n\nDo it.\n\n> **Hint**\n>\n"
         f"> Look at [(2.1)]({SITE}/book/c.html#equation-eq-a).\n\n```python\nx = 1\n```\nafter"
@@ -147,8 +148,8 @@ def test_solutions_are_not_in_the_student_notebook(book):
 
 
 def test_figure_caption_follows_its_cell(book):
-    text = "```{code-cell} ipython3\n---\nmystnb:\n  figure:\n    name: fig-a\n    caption: See {eq}`eq-a`.\n---\ndraw()\n```"
-    code, caption = cells(text, book)
+    header = "---\nmystnb:\n  figure:\n    name: fig-a\n    caption: See {eq}`eq-a`.\n---"
+    code, caption = cells(f"```{{code-cell}} ipython3\n{header}\ndraw()\n```", book)
     assert code.source == "draw()" and caption.source.startswith("*Fig. 2.3. See [(2.1)](")
 
 

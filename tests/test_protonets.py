@@ -17,7 +17,10 @@ def double():
 
 def episodes(tasks=2, way=3, shot=2, query=4, size=16, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return Episodes(torch.rand(tasks, way, shot, 1, size, size, generator=g), torch.rand(tasks, way, query, 1, size, size, generator=g))
+    return Episodes(
+        torch.rand(tasks, way, shot, 1, size, size, generator=g),
+        torch.rand(tasks, way, query, 1, size, size, generator=g),
+    )
 
 
 def torch_twin(net):
@@ -82,7 +85,9 @@ def test_inductive_prediction_of_a_query_does_not_depend_on_the_others():
     whole = learner.predict(e).view(2, 3, 4, 3)[:, :, 0]
     torch.testing.assert_close(learner.predict(alone).view(2, 3, 3), whole)
     transductive = ProtoNet(net, batch_norm="transductive")
-    assert not torch.allclose(transductive.predict(alone).view(2, 3, 3), transductive.predict(e).view(2, 3, 4, 3)[:, :, 0])
+    assert not torch.allclose(
+        transductive.predict(alone).view(2, 3, 3), transductive.predict(e).view(2, 3, 4, 3)[:, :, 0]
+    )
 
 
 def test_predict_does_not_change_the_learner():

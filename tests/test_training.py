@@ -23,7 +23,9 @@ def source(seed=0):
     patterns = torch.randint(0, 180, (12, 1, 1, 16, 16), generator=g)
     images = patterns + torch.randint(0, 75, (12, 8, 1, 16, 16), generator=g)
     labels = torch.arange(12).repeat_interleave(8)
-    return PartitionTasks(ImageSet(images.flatten(0, 1).byte(), labels, [str(i) for i in range(12)], [], "patterns", "train"))
+    return PartitionTasks(
+        ImageSet(images.flatten(0, 1).byte(), labels, [str(i) for i in range(12)], [], "patterns", "train")
+    )
 
 
 def learner(kind="maml", seed=0, filters=4):
@@ -101,7 +103,9 @@ def test_a_foreign_checkpoint_is_refused_and_kept(tmp_path):
     file = tmp_path / "run.pt"
     train(learner(), source(), steps=2, checkpoint=file, config={"network": "small"}, **TASK)
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=r"another run \(lr: 0.001 there, 0.01 here; network: 'small' there, 'large' here\)"):
+    with pytest.raises(
+        ValueError, match=r"another run \(lr: 0.001 there, 0.01 here; network: 'small' there, 'large' here\)"
+    ):
         train(learner(), source(), steps=4, checkpoint=file, config={"network": "large"}, lr=0.01, **TASK)
     with pytest.raises(ValueError, match="another network"):
         train(learner(filters=6), source(), steps=4, checkpoint=file, config={"network": "small"}, **TASK)
@@ -148,8 +152,14 @@ def test_clip_bounds_every_entry_of_the_gradient():
 
 
 def test_validation_enters_the_history():
-    h = train(learner(), source(), steps=6, validate=lambda m: evaluate(m, source(), way=3, shot=1, query=2, tasks=4).mean,
-              validate_every=3, **TASK)
+    h = train(
+        learner(),
+        source(),
+        steps=6,
+        validate=lambda m: evaluate(m, source(), way=3, shot=1, query=2, tasks=4).mean,
+        validate_every=3,
+        **TASK,
+    )
     assert [s for s, _ in h["validation"]] == [3, 6] and all(0 <= v <= 100 for _, v in h["validation"])
 
 
@@ -178,8 +188,12 @@ def test_two_processes_equal_one(tmp_path):
     with socket.socket() as free:  # the variables that torchrun sets, without its agent
         free.bind(("127.0.0.1", 0))
         environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = [subprocess.Popen([sys.executable, script, tmp_path / "two.pt"], env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)})
-             for r in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, tmp_path / "two.pt"], env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}
+        )
+        for r in range(2)
+    ]
     assert [r.wait(timeout=180) for r in ranks] == [0, 0]
     one, two = read_checkpoint(tmp_path / "one.pt"), read_checkpoint(tmp_path / "two.pt")
     assert one["step"] == two["step"] == 3

@@ -68,6 +68,9 @@ def _add_row_command(commands, name: str, run, text: str) -> None:
     _add_machine(command)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--checkpoint", type=Path, required=name == "evaluate", help="file to save to and resume from")
+    if name == "train":
+        command.add_argument("--steps", type=_positive, help="stop earlier than the scale says; a reduced budget")
+        command.add_argument("--record", action="store_true", help="write the record that `umeta results` compares")
     command.set_defaults(run=run)
 
 
@@ -172,13 +175,20 @@ def check_device(name: str) -> None:
 
 
 def _train(arguments) -> None:
-    from .experiments import find_row, train_row
+    from dataclasses import replace
 
-    row = find_row(arguments.row, arguments.dataset)
+    from .experiments import find_row, run_row, train_row
+
+    row = replace(find_row(arguments.row, arguments.dataset), at_most=arguments.steps)
     _prepare(arguments)
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun one process tests
+    if arguments.record and first:
+        record = run_row(row, arguments.scale, arguments.seed, arguments.device, checkpoint=arguments.checkpoint)
+        _print_cells(record["cells"])
+        return
     learner, history = train_row(row, arguments.scale, arguments.seed, arguments.device, arguments.checkpoint)
-    print(f"{row.slug}: {row.steps[arguments.scale]:,} steps in {history['seconds']:.0f} s")
-    if os.environ.get("RANK", "0") == "0":  # under torchrun one process tests
+    print(f"{row.slug}: {row.budget(arguments.scale):,} steps in {history['seconds']:.0f} s")
+    if first:
         _print_tests(row, learner, arguments)
 
 
@@ -204,7 +214,11 @@ def _evaluate(arguments) -> None:
 def _print_tests(row, learner, arguments) -> None:
     from .experiments import measure
 
-    for cell in measure(row, learner, arguments.scale, arguments.seed, arguments.device):
+    _print_cells(measure(row, learner, arguments.scale, arguments.seed, arguments.device))
+
+
+def _print_cells(cells: list[dict]) -> None:
+    for cell in cells:
         task = f"{cell['way']}-way {cell['shot']}-shot"
         print(f"{task:14}  {cell['accuracy']:.2f} ± {cell['ci95']:.2f} %  ({cell['tasks']} tasks)", flush=True)
 
@@ -255,7 +269,7 @@ def _snakemake(arguments, slugs: list[str], folder: Path) -> None:
     """Hand the plan to Snakemake, with `--runs` as its working directory. Raises ValueError when a run failed."""
     missing = [name for name in ("snakemake", "papermill") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} not installed; pip install 'umeta[reproduce]'")
+        raise ValueError(f"{' and '.join(missing)} not installed; pip install -e '.[reproduce]'")
     snakefile = REPOSITORY / "workflow" / "Snakefile"
     if not snakefile.is_file():
         raise FileNotFoundError(f"{snakefile} not found; pip install -e '.[reproduce]' in a clone")
@@ -311,7 +325,7 @@ def main(argv=None) -> int:
     except BrokenPipeError:  # the reader, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
         if os.environ.get("UMETA_DEBUG"):
             raise
         print(f"umeta: error: {error}", file=sys.stderr)

@@ -43,7 +43,7 @@ class Episodes:
         return Episodes(self.support.to(device), self.query.to(device))
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Support ``[T, N*K, ...]`` and its labels ``[T, N*K]``, query ``[T, N*Q, ...]`` and its labels ``[T, N*Q]``."""
+        """Support ``[T, N*K, ...]``, its labels ``[T, N*K]``, query ``[T, N*Q, ...]``, its labels ``[T, N*Q]``."""
         return *_flat(self.support), *_flat(self.query)
 
 
@@ -85,7 +85,9 @@ class PartitionTasks:
         parts = images.labels if partitions is None else partitions.to(images.labels.device)
         parts = parts.unsqueeze(0) if parts.dim() == 1 else parts
         if parts.shape[1] != len(images):
-            raise ValueError(f"the partition is of {parts.shape[1]} images but {images.name} {images.split} has {len(images)}")
+            raise ValueError(
+                f"the partition is of {parts.shape[1]} images but {images.name} {images.split} has {len(images)}"
+            )
         self.images = images
         classes = int(parts.max()) + 1
         if classes < 1:
@@ -115,8 +117,10 @@ class PartitionTasks:
         r = shot + query
         classes, count = self.usable(r)
         if int(count.min()) < way:
-            raise ValueError(f"{way}-way tasks with {shot} + {query} images per class need {way} classes of at least {r} images; "
-                             f"{self.images.name} {self.images.split} has {int(count.min())} (largest class: {int(self.size.max())})")
+            raise ValueError(
+                f"{way}-way tasks with {shot} + {query} images per class need {way} classes of at least {r} images; "
+                f"{self.images.name} {self.images.split} has {int(count.min())} (largest class: {int(self.size.max())})"
+            )
         device = self.size.device
         p = torch.randint(len(count), (tasks,), generator=generator, device=device)
         picked = classes[p].gather(1, sample_without_replacement(count[p], way, generator))  # [T, N]
@@ -128,7 +132,7 @@ class PartitionTasks:
 
 
 def running_example() -> Episodes:
-    """The book's one fixed episode: 5-way 1-shot, 5 queries, unseen scripts of the glyphs; ``[1, 5, 1 | 5, 1, 28, 28]``."""
+    """The book's one fixed episode: 5-way 1-shot with 5 queries, from unseen scripts of the glyphs; T = 1."""
     from .data import load
 
     return PartitionTasks(load("glyphs", "test")).sample(1, 5, 1, 5, torch.Generator().manual_seed(7))

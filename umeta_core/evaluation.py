@@ -55,8 +55,9 @@ def in_chunks(predict, episodes: Episodes, max_images: int) -> Tensor:
     return torch.cat([predict(episodes[i : i + size]) for i in range(0, len(episodes), size)], -3)
 
 
-def evaluate(learner, source, *, way: int, shot: int, query: int = 5, tasks: int = 1000, seed: int = 0,
-             max_images: int = 2000) -> Evaluation:
+def evaluate(
+    learner, source, *, way: int, shot: int, query: int = 5, tasks: int = 1000, seed: int = 0, max_images: int = 2000
+) -> Evaluation:
     """Mean accuracy over `tasks` episodes of `source`, 1000 as in the papers.
 
     Args:
@@ -70,8 +71,18 @@ def evaluate(learner, source, *, way: int, shot: int, query: int = 5, tasks: int
     return Evaluation(torch.cat(correct), _protocol(source, way, shot, query, tasks, seed))
 
 
-def evaluate_curve(learner, source, at: list[int], *, way: int, shot: int, query: int = 5, tasks: int = 1000,
-                   seed: int = 0, max_images: int = 2000) -> list[Evaluation]:
+def evaluate_curve(
+    learner,
+    source,
+    at: list[int],
+    *,
+    way: int,
+    shot: int,
+    query: int = 5,
+    tasks: int = 1000,
+    seed: int = 0,
+    max_images: int = 2000,
+) -> list[Evaluation]:
     """As `evaluate`, after each number of adaptation steps in `at`, on the same tasks."""
     correct = []
     for episodes in _progress(sample_blocks(source, tasks, way, shot, query, seed, _device(source)), tasks):

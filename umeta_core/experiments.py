@@ -61,6 +61,11 @@ class Row:
     tests: tuple = ((5, 1), (5, 5), (20, 1), (20, 5))
     test_tasks: dict = field(default_factory=lambda: {"smoke": 5, "quick": 100, "full": 1000})
     deviation: str = ""
+    at_most: int | None = None
+
+    def budget(self, scale: str) -> int:
+        """Training steps at `scale`, or `at_most` if that is fewer; the record then says "reduced budget"."""
+        return min(self.steps[scale], self.steps[scale] if self.at_most is None else self.at_most)
 
     def protocol(self) -> dict:
         """Every switch that moves a number, for the record."""
@@ -161,11 +166,11 @@ def untrained(row: Row, seed: int, device="cpu") -> torch.nn.Module:
 def train_row(row: Row, scale: str, seed: int, device="cpu", checkpoint=None) -> tuple[torch.nn.Module, dict]:
     """Meta-train the row's learner, going on from `checkpoint` if it exists. Returns the learner and the history."""
     learner = untrained(row, seed, device)
-    if row.steps[scale] == 0:
+    if row.budget(scale) == 0:
         return learner, {"step": [], "loss": [], "accuracy": [], "seconds": 0.0}
     source = PartitionTasks(load(row.dataset, "train", protocol=row.split_protocol, device=device))
     history = train(
-        learner, source, steps=row.steps[scale], tasks=row.tasks, way=row.way, shot=row.shot, query=row.query,
+        learner, source, steps=row.budget(scale), tasks=row.tasks, way=row.way, shot=row.shot, query=row.query,
         lr=row.lr, seed=seed, device=device, checkpoint=checkpoint, config={"row": row.slug, **row.protocol()},
     )  # fmt: skip
     return learner, history
@@ -209,7 +214,7 @@ def run_row(row: Row, scale="quick", seed=0, device="cpu", folder=None, checkpoi
     cells = measure(row, learner, scale, seed, device)
     record = {
         "paper": row.paper, "table": row.table, "row": row.slug, "method": row.method, "embedding": row.embedding,
-        "variant": row.variant, "dataset": row.dataset, "scale": scale, "seed": seed, "steps": row.steps[scale],
+        "variant": row.variant, "dataset": row.dataset, "scale": scale, "seed": seed, "steps": row.budget(scale),
         "paper_steps": row.steps["full"], "tasks_per_step": row.tasks, "deviation": row.deviation, "cells": cells,
         "seconds": round(history["seconds"], 1), "test_seconds": round(time.perf_counter() - started, 1),
         "history": _thinned(history), "protocol": row.protocol(), "notebook": notebook, **origin,

@@ -14,12 +14,19 @@ from .episodes import Episodes
 from .fast_conv4 import Head, PatchMoments, TaskNets, to_groups
 from .networks import Conv4
 
-
 CACHE_BYTES = 5e6  # measured: larger first maps are slower than tasks in chunks
 
 
-def adapt(forward: Callable, params: list[Tensor], rates: list, x: Tensor, y: Tensor, steps: int,
-          loss: Callable, create_graph: bool = True) -> list[Tensor]:
+def adapt(
+    forward: Callable,
+    params: list[Tensor],
+    rates: list,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    loss: Callable,
+    create_graph: bool = True,
+) -> list[Tensor]:
     """Plain gradient descent per task, differentiable: the readable reference of the inner loop. (eq-maml-inner)
 
     Args:
@@ -29,11 +36,13 @@ def adapt(forward: Callable, params: list[Tensor], rates: list, x: Tensor, y: Te
         create_graph: False treats the inner gradients as constants (first order).
 
     Returns:
-        The adapted tensors. Tasks do not touch each other's weights, so the gradient of the summed loss is each task's own.
+        The adapted tensors. Tasks do not touch each other's weights: the gradient of the summed loss is each task's own.
     """
     for _ in range(steps):
         moving = [i for i, p in enumerate(params) if p.requires_grad]
-        grads = torch.autograd.grad(loss(forward(params, x), y).sum(), [params[i] for i in moving], create_graph=create_graph)
+        grads = torch.autograd.grad(
+            loss(forward(params, x), y).sum(), [params[i] for i in moving], create_graph=create_graph
+        )
         params = list(params)
         for i, g in zip(moving, grads):
             params[i] = params[i] - rates[i] * g
@@ -68,8 +77,20 @@ class MAML(nn.Module):
         anil: adapt the head only (Raghu et al., 2020).
     """
 
-    def __init__(self, network: nn.Module, inner_lr=0.05, inner_steps=5, test_steps=50, *, test_lr=None, inner_loss="sum",
-                 first_order=False, adapt_norm=False, meta_sgd=False, anil=False):
+    def __init__(
+        self,
+        network: nn.Module,
+        inner_lr=0.05,
+        inner_steps=5,
+        test_steps=50,
+        *,
+        test_lr=None,
+        inner_loss="sum",
+        first_order=False,
+        adapt_norm=False,
+        meta_sgd=False,
+        anil=False,
+    ):
         super().__init__()
         if inner_loss not in ("sum", "mean"):
             raise ValueError(f"inner_loss={inner_loss!r} is not known; use sum or mean")
@@ -80,13 +101,17 @@ class MAML(nn.Module):
         self.network = network
         self.inner_lr, self.inner_steps, self.test_steps, self.test_lr = inner_lr, inner_steps, test_steps, test_lr
         self.inner_loss, self.first_order = inner_loss, first_order
-        adapted = [(adapt_norm or not norm) and (head or not anil) and t.requires_grad
-                   for t, norm, head in zip(network.tensors(), network.norm_mask(), network.head_mask())]
+        adapted = [
+            (adapt_norm or not norm) and (head or not anil) and t.requires_grad
+            for t, norm, head in zip(network.tensors(), network.norm_mask(), network.head_mask())
+        ]
         self.adapted = adapted
         self.rates = None
         if meta_sgd:
-            self.rates = nn.ParameterList(nn.Parameter(torch.full_like(t, inner_lr * a), requires_grad=a)
-                                          for t, a in zip(network.tensors(), adapted))
+            self.rates = nn.ParameterList(
+                nn.Parameter(torch.full_like(t, inner_lr * a), requires_grad=a)
+                for t, a in zip(network.tensors(), adapted)
+            )
 
     def _rates(self, way: int, lr: float) -> list:
         if self.rates is None:
@@ -116,8 +141,16 @@ class MAML(nn.Module):
         start = [p.expand(episodes.tasks, *p.shape) for p in self.network.tensors(episodes.way)]
         scale = self._weight(episodes) * ys.shape[1]
         rates = self._rates(episodes.way, self.inner_lr)
-        params = adapt(self.network.forward_tasks, start, rates, xs, ys, self.inner_steps,
-                       lambda out, y: scale * cross_entropy(out, y), create_graph=not self.first_order)
+        params = adapt(
+            self.network.forward_tasks,
+            start,
+            rates,
+            xs,
+            ys,
+            self.inner_steps,
+            lambda out, y: scale * cross_entropy(out, y),
+            create_graph=not self.first_order,
+        )
         logits = self.network.forward_tasks(params, xq)
         return cross_entropy(logits, yq), accuracy(logits.detach(), yq)
 
@@ -140,8 +173,16 @@ class MAML(nn.Module):
         params = [p.detach().expand(episodes.tasks, *p.shape).clone().requires_grad_() for p in start]
         for step in at:
             with torch.enable_grad():
-                params = adapt(self.network.forward_tasks, params, rates, xs, ys, step - done,
-                               lambda out, y: scale * cross_entropy(out, y), create_graph=False)
+                params = adapt(
+                    self.network.forward_tasks,
+                    params,
+                    rates,
+                    xs,
+                    ys,
+                    step - done,
+                    lambda out, y: scale * cross_entropy(out, y),
+                    create_graph=False,
+                )
             done, params = step, [p.detach().requires_grad_() for p in params]
             curve.append(self.network.forward_tasks(params, xq).detach())
         return torch.stack(curve)
@@ -164,7 +205,7 @@ class _InnerLoop:
         self.path: list[tuple[TaskNets, list[Tensor]]] = []
 
     def _repeat(self, p: Tensor, i: int) -> Tensor:
-        """Shared ``[...]`` -> one copy per task: ``[T*F, ...]`` in the body, ``[T, ...]`` in the head (the last two)."""
+        """Shared ``[...]`` -> one copy per task: ``[T*F, ...]`` in the body, ``[T, ...]`` in the head (last two)."""
         p = p.detach()
         if i >= 3 * self.maml.network.blocks:
             return p.repeat(self.tasks, *[1] * p.dim())
@@ -241,7 +282,7 @@ def _over_chunks(net: Conv4, episodes: Episodes, f: Callable) -> list:
 
 
 class _MetaLoss(torch.autograd.Function):
-    """The meta-loss with its analytic gradient, so that `loss(...).mean().backward()` works as for any other learner."""
+    """The meta-loss with its analytic gradient, so that `loss(...)` has a backward as for any other learner."""
 
     @staticmethod
     def forward(ctx, maml, episodes, rates, *tensors):

@@ -40,8 +40,20 @@ class Conv4(nn.Module):
 
     blocks = 4
 
-    def __init__(self, channels=1, size=28, filters=64, way=None, *, downsample="pool", head="flatten", norm="affine",
-                 eps=1e-5, head_init="glorot", generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        channels=1,
+        size=28,
+        filters=64,
+        way=None,
+        *,
+        downsample="pool",
+        head="flatten",
+        norm="affine",
+        eps=1e-5,
+        head_init="glorot",
+        generator: torch.Generator | None = None,
+    ):
         super().__init__()
         _one_of("downsample", downsample, ("pool", "stride"))
         _one_of("head", head, ("flatten", "mean"))
@@ -58,7 +70,8 @@ class Conv4(nn.Module):
         self.features = filters if self.average else filters * side * side
         shapes = [(filters, channels if b == 0 else filters, 3, 3) for b in range(self.blocks)]
         self.weights = nn.ParameterList(
-            nn.Parameter(glorot_uniform(s, generator).contiguous(memory_format=torch.channels_last)) for s in shapes)
+            nn.Parameter(glorot_uniform(s, generator).contiguous(memory_format=torch.channels_last)) for s in shapes
+        )
         learned = norm == "affine"
         self.scales = nn.ParameterList(nn.Parameter(torch.ones(filters), learned) for _ in shapes)
         self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(filters)) for _ in shapes)
@@ -109,7 +122,9 @@ class Conv4(nn.Module):
         for b in range(self.blocks):
             gain = self.scales[b] * torch.rsqrt(self.running_var[b] + self.geometry.eps)
             w = self.weights[b] * gain.view(-1, 1, 1, 1)
-            x = F.conv2d(x, w, self.shifts[b] - self.running_mean[b] * gain, self.geometry.stride, self.geometry.padding)
+            x = F.conv2d(
+                x, w, self.shifts[b] - self.running_mean[b] * gain, self.geometry.stride, self.geometry.padding
+            )
             x = F.relu_(F.max_pool2d(x, 2) if self.geometry.pool else x)
         return self._flatten(x)
 
@@ -117,7 +132,7 @@ class Conv4(nn.Module):
         return x.mean((2, 3)) if self.average else x.flatten(1)
 
     def embed_tasks(self, params: list[Tensor], x: Tensor) -> Tensor:
-        """Features ``[T, n, d]`` of ``[T, n, C, H, W]``; task t has weights ``params[.][t]`` and its own batch statistics."""
+        """Features ``[T, n, d]`` of ``[T, n, C, H, W]``; task t has its own weights and batch statistics."""
         tasks, n = x.shape[:2]
         geometry = Geometry(tasks, self.geometry.stride, self.geometry.padding, self.geometry.pool, self.geometry.eps)
         x = to_groups(x)
@@ -132,7 +147,7 @@ class Conv4(nn.Module):
 
 
 class MLP(nn.Module):
-    """Fully connected network with ReLU between layers, for T tasks at once: ``[T, n, sizes[0]] -> [T, n, sizes[-1]]``."""
+    """Fully connected network with ReLU, for T tasks at once: ``[T, n, sizes[0]] -> [T, n, sizes[-1]]``."""
 
     def __init__(self, sizes: list[int], generator: torch.Generator | None = None):
         super().__init__()

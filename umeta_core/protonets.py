@@ -15,7 +15,7 @@ def prototypes(z: Tensor) -> Tensor:
 
 
 def squared_distances(z: Tensor, c: Tensor, reduce: str = "sum") -> Tensor:
-    """Squared Euclidean distances ``[T, n, N]`` of features ``[T, n, d]`` to prototypes ``[T, N, d]``. (eq-proto-distance)
+    """Squared distances ``[T, n, N]`` of features ``[T, n, d]`` to prototypes ``[T, N, d]``. (eq-proto-distance)
 
     Expanded to ``|z|^2 - 2 z.c + |c|^2``, so that the work is one matrix product (eq-proto-linear).
     `reduce` "mean" divides by d (LASIUM's code).

@@ -15,14 +15,31 @@ from torch import nn
 from .episodes import Episodes
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(ArithmeticError):
     """The training loss became NaN or infinite; the last checkpoint is from before."""
 
 
-def train(learner: nn.Module, source, *, steps: int, tasks: int, way: int, shot: int, query: int, lr: float = 1e-3,
-          clip: float | None = None, seed: int = 0, device="cpu", checkpoint: str | Path | None = None, save_every: float = 120,
-          validate: Callable[[nn.Module], float] | None = None, validate_every: int = 0, log_every: int = 100,
-          config: dict | None = None, progress: bool = True) -> dict:
+def train(
+    learner: nn.Module,
+    source,
+    *,
+    steps: int,
+    tasks: int,
+    way: int,
+    shot: int,
+    query: int,
+    lr: float = 1e-3,
+    clip: float | None = None,
+    seed: int = 0,
+    device="cpu",
+    checkpoint: str | Path | None = None,
+    save_every: float = 120,
+    validate: Callable[[nn.Module], float] | None = None,
+    validate_every: int = 0,
+    log_every: int = 100,
+    config: dict | None = None,
+    progress: bool = True,
+) -> dict:
     """Meta-train with Adam on episodes of `source`; returns the history.
 
     Args:
@@ -46,8 +63,16 @@ def train(learner: nn.Module, source, *, steps: int, tasks: int, way: int, shot:
         NonFiniteLoss: the loss is not finite; nothing is written from then on.
         ValueError: the checkpoint belongs to another run (the message names the fields that differ).
     """
-    run = _Run(learner, source, dict(config or {}, tasks=tasks, way=way, shot=shot, query=query, lr=lr, clip=clip, seed=seed),
-               lr, clip, seed, device, checkpoint)
+    run = _Run(
+        learner,
+        source,
+        dict(config or {}, tasks=tasks, way=way, shot=shot, query=query, lr=lr, clip=clip, seed=seed),
+        lr,
+        clip,
+        seed,
+        device,
+        checkpoint,
+    )
     report = _Report(run, steps, progress and run.rank == 0)
     saved = time.monotonic()
     learner.train()
@@ -110,7 +135,10 @@ class _Run:
     def _check(self, mean: torch.Tensor) -> None:
         if not torch.isfinite(mean).all():
             kept = f"; the last checkpoint, {self.checkpoint}, is from before" if self.checkpoint else ""
-            raise NonFiniteLoss(f"the loss became {mean[0].item()} at step {self.step}{kept}. Lower the learning rates or clip the gradient.")
+            raise NonFiniteLoss(
+                f"the loss became {mean[0].item()} at step {self.step}{kept}. "
+                "Lower the learning rates or clip the gradient."
+            )
 
     def log(self) -> None:
         mean = torch.stack(self.recent).mean(0)
@@ -124,9 +152,16 @@ class _Run:
             return
         if self.recent:
             self._check(torch.stack(self.recent).mean(0))
-        state = {"step": self.step, "learner": self.learner.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "generator": self.generator.get_state(), "config": self.config, "history": self.history,
-                 "recent": self.recent, "versions": versions()}
+        state = {
+            "step": self.step,
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "config": self.config,
+            "history": self.history,
+            "recent": self.recent,
+            "versions": versions(),
+        }
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_name(self.checkpoint.name + ".part")
         torch.save(state, partial)
@@ -135,13 +170,20 @@ class _Run:
     def load(self) -> None:
         state = read_checkpoint(self.checkpoint)
         old, new = state["config"], self.config
-        differ = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        differ = [
+            f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
+        ]
         if differ:
-            raise ValueError(f"{self.checkpoint} belongs to another run ({'; '.join(differ)}); choose another file or the same settings")
+            raise ValueError(
+                f"{self.checkpoint} belongs to another run ({'; '.join(differ)}); "
+                "choose another file or the same settings"
+            )
         try:
             self.learner.load_state_dict(state["learner"])
         except RuntimeError as error:
-            raise ValueError(f"{self.checkpoint} holds another network: {str(error).splitlines()[-1].strip()}") from None
+            raise ValueError(
+                f"{self.checkpoint} holds another network: {str(error).splitlines()[-1].strip()}"
+            ) from None
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         self.step, self.history, self.recent = state["step"], state["history"], state["recent"]
@@ -155,6 +197,7 @@ class _Report:
         self.started, self.first, self.last = time.monotonic(), run.step, time.monotonic()
         if self.shown and sys.stderr.isatty():
             from tqdm import tqdm
+
             self.bar = tqdm(total=steps, initial=run.step, unit="step")
 
     def show(self) -> None:
@@ -171,7 +214,11 @@ class _Report:
             self.last = time.monotonic()
             rate = (run.step - self.first) / (self.last - self.started)
             left = (self.steps - run.step) / rate
-            print(f"step {run.step}/{self.steps}  {text}  {rate:.1f} steps/s  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+            print(
+                f"step {run.step}/{self.steps}  {text}  {rate:.1f} steps/s  {left / 60:.1f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self) -> None:
         if self.bar is not None:
@@ -204,6 +251,7 @@ def _processes() -> tuple[int, int]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     import torch.distributed as dist
+
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return dist.get_rank(), dist.get_world_size()
@@ -212,6 +260,7 @@ def _processes() -> tuple[int, int]:
 def _average(tensors: list[torch.Tensor]) -> None:
     """Average in place over processes, as one message."""
     import torch.distributed as dist
+
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
