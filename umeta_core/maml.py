@@ -36,7 +36,7 @@ def adapt(
         create_graph: False treats the inner gradients as constants (first order).
 
     Returns:
-        The adapted tensors. Tasks do not touch each other's weights: the gradient of the summed loss is each task's own.
+        The adapted tensors. Tasks do not touch each other's weights: the gradient of the sum is each task's own.
     """
     for _ in range(steps):
         moving = [i for i, p in enumerate(params) if p.requires_grad]
