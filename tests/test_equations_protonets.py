@@ -1,4 +1,4 @@
-"""Chapter 3: every labelled equation, written out, equals the function it names; the scratch code equals the library."""
+"""Chapter 3: every labelled equation, written out, equals the function it names; scratch code equals the library."""
 
 import pytest
 import torch
@@ -82,7 +82,8 @@ def test_eq_proto_posterior():
     learner.loss(episodes)  # so that the running statistics are not the initial ones
     p = learner.predict(episodes).softmax(2)
     with torch.no_grad():
-        embed = [[learner.network.embed(x, stats="running") for x in task] for task in (*episodes.support, *episodes.query)]
+        tasks = (*episodes.support, *episodes.query)
+        embed = [[learner.network.embed(x, stats="running") for x in task] for task in tasks]
     for t in range(T):
         c = [z.mean(0) for z in embed[t]]
         for i, z in enumerate(torch.cat(embed[T + t])):
