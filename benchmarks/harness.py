@@ -63,7 +63,7 @@ def report(times: dict[str, list[float]], ours: str, peers: set[str], gflop: flo
     for name, ms in middle.items():
         share = ""
         if gflop is not None:
-            share = f"  {gflop / ms * 1e3:6.0f} GFLOP/s, {100e3 * gflop / ms / rate:4.0f} % of a matrix product's {rate:.0f}"
+            share = f"  {gflop / ms * 1e3:6.0f} GFLOP/s, {100e3 * gflop / ms / rate:4.0f} % of matmul's {rate:.0f}"
         print(f"  {name:22s} median {ms:8.1f} ms  (min {min(times[name]):8.1f}, max {max(times[name]):8.1f}){share}")
     rivals = {name: ms for name, ms in middle.items() if name in peers}
     if rivals:

@@ -176,13 +176,17 @@ def test_a_malformed_record_is_named(tmp_path):
         compare("cactus", "8", folder=tmp_path)
 
 
-def test_tables_print_the_numbers_and_link_the_records(tmp_path):
+def test_tables_print_the_numbers_and_link_the_records(tmp_path, monkeypatch):
     for seed in (0, 1):
         write_record(record(seed=seed, accuracy=98.0), tmp_path)
     text = table_text("cactus", 8, folder=tmp_path)
     line = next(line for line in text.splitlines() if "98.35" in line)
     assert "98.00 ± 0.14" in line and "-0.35" in line and "reproduced; 2 seeds, std 0.00" in line
     assert text.endswith("92 numbers: 1 reproduced, 91 not run")
+    cited = {"methods": ("Oracle-ProtoNets",), "caption": "By {cite:t}`hsu2019`."}
+    notebook = table_markdown("cactus", 8, folder=tmp_path, **cited)
+    assert notebook.startswith("**By hsu2019.**\n\n| method") and notebook.count("Oracle-ProtoNets") == 4
+    monkeypatch.setenv("UMETA_BOOK", "1")
     page = table_markdown("cactus", 8, measured_only=True, folder=tmp_path)
     assert page.startswith("```{table} ") and ":name: tab-cactus-8\n" in page and page.endswith("```\n")
     base = "https://github.com/umeta-book/umeta/blob/main/results/cactus/oracle-protonets-full-seed"

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 from pathlib import Path
@@ -325,9 +326,10 @@ def _cells(row: dict) -> tuple:
         difference, verdict_text  # fmt: skip
 
 
-def table_rows(paper: str, table=None, dataset=None, measured_only: bool = False, folder=None) -> list[dict]:
-    """The rows of ``compare``, without the numbers that were not run if ``measured_only``."""
+def table_rows(paper, table=None, dataset=None, measured_only=False, folder=None, methods=()) -> list[dict]:
+    """The rows of ``compare``, if asked only those that were run or whose method starts with one of `methods`."""
     rows = compare(paper, table, dataset, folder)
+    rows = [row for row in rows if not methods or row["method"].startswith(tuple(methods))]
     return [row for row in rows if row["ours"] is not None] if measured_only else rows
 
 
@@ -343,10 +345,10 @@ def table_text(paper: str, table=None, dataset=None, measured_only: bool = False
 
 
 def table_markdown(
-    paper: str, table=None, dataset=None, measured_only: bool = False, folder=None, name=None, caption=None
+    paper: str, table=None, dataset=None, measured_only=False, folder=None, name=None, caption=None, methods=()
 ) -> str:
-    """The comparison as a MyST ``table`` directive with a name and a caption; measured cells link to their records."""
-    rows = table_rows(paper, table, dataset, measured_only, folder)
+    """The comparison as a Markdown table with a name and a caption; measured cells link to their records."""
+    rows = table_rows(paper, table, dataset, measured_only, folder, methods)
     place = "" if table is None else f" Table {table}"
     name = name or "-".join(str(part) for part in ("tab", paper, table, dataset) if part is not None).replace(" ", "-")
     caption = caption or f"{paper}{place}: published and measured accuracy (%, 95 % interval over tasks)."
@@ -358,4 +360,15 @@ def table_markdown(
             more = "".join(f" [{number}]({url})" for number, url in enumerate(others, start=2))
             cells[3] = f"[{cells[3]}]({first}){more}"
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([f"```{{table}} {caption}", f":name: {name}", "", *lines, "```", ""])
+    return captioned(lines, caption, name)
+
+
+def captioned(lines: list[str], caption: str, name: str) -> str:
+    """A Markdown table with its caption: a numbered MyST ``table`` in the book, bold text above it in a notebook.
+
+    A notebook does not understand MyST: roles in the caption (``{cite:t}``) are reduced to their text.
+    """
+    if os.environ.get("UMETA_BOOK"):
+        return "\n".join([f"```{{table}} {caption}", f":name: {name}", "", *lines, "```", ""])
+    plain = re.sub(r"\{[\w:-]+\}`([^`]*)`", r"\1", caption)
+    return "\n".join([f"**{plain}**", "", *lines, ""])
