@@ -254,7 +254,7 @@ def execute_notebook(row: Row, scale: str, seed: int, device="cpu", threads=1, f
         checkpoint.unlink(missing_ok=True)
     parameters = {"row": row.slug, "scale": scale, "seed": seed, "device": str(device), "threads": threads,
                   "results": str(results_folder(folder).resolve()), "checkpoint": str(checkpoint),
-                  "notebook": os.path.relpath(copy, REPOSITORY)}  # fmt: skip
+                  "notebook": f"runs/{row.paper}/{copy.name}"}  # fmt: skip
     run_notebook(NOTEBOOKS / f"{row.paper}.ipynb", copy, parameters)
     return copy
 

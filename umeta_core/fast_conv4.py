@@ -276,7 +276,8 @@ def conv_block(x: Tensor, w: Tensor, scale: Tensor, shift: Tensor, geometry: Geo
     Args:
         x: channels-last ``[n, T*C, H, W]``; w: ``[T*F, C, 3, 3]``; scale, shift: ``[T*F]``.
     """
-    moments = None if x.requires_grad else PatchMoments(x, geometry)
+    fixed_input = torch.is_grad_enabled() and not x.requires_grad
+    moments = PatchMoments(x, geometry) if fixed_input else None
     return _BlockForward.apply(x, w, scale, shift, geometry, moments)
 
 

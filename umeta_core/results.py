@@ -15,9 +15,11 @@ import platform
 import re
 import statistics
 import subprocess
+import sysconfig
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+INSTALLED = Path(sysconfig.get_path("data")) / "share" / "umeta" / "results"  # the copy that comes with the package
 RECORDS_URL = "https://github.com/umeta-book/umeta/blob/main/results"
 VERDICTS = ("reproduced", "higher", "lower", "reduced budget", "not run", "no published number")
 TOLERANCE = 1.5  # percentage points: a difference this small is called reproduced whatever the intervals say
@@ -38,13 +40,12 @@ SCALES = ("smoke", "quick", "full")
 
 
 def results_folder(folder=None) -> Path:
-    """The folder of records: the argument, else ``$UMETA_RESULTS``, the repository's ``results``, or ``./results``."""
+    """The folder of records: the argument, ``$UMETA_RESULTS``, the repository's, the installed copy, or ``./results``."""
     if folder is not None:
         return Path(folder)
     if os.environ.get("UMETA_RESULTS"):
         return Path(os.environ["UMETA_RESULTS"])
-    own = REPOSITORY / "results"
-    return own if own.is_dir() else Path("results")
+    return next((own for own in (REPOSITORY / "results", INSTALLED) if own.is_dir()), Path("results"))
 
 
 # Published numbers -------------------------------------------------------------------------------------------------
@@ -58,12 +59,13 @@ def published(paper: str, folder=None) -> list[dict]:
 
     Raises FileNotFoundError, naming the papers there are, when there is no such file.
     """
-    for root in (results_folder(folder), REPOSITORY / "results"):
+    for root in (results_folder(folder), REPOSITORY / "results", INSTALLED):
         path = root / "paper" / f"{paper}.csv"
         if path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
                 return [_typed(row) for row in csv.DictReader(file)]
-    known = sorted(path.stem for path in (REPOSITORY / "results" / "paper").glob("*.csv") if "hparams" not in path.stem)
+    own = results_folder() / "paper"
+    known = sorted(path.stem for path in own.glob("*.csv") if "hparams" not in path.stem)
     hint = f"known papers: {', '.join(known)}" if known else "run in a clone of the repository, or set UMETA_RESULTS"
     raise FileNotFoundError(f"no published numbers for {paper!r}; {hint}")
 
@@ -369,6 +371,6 @@ def captioned(lines: list[str], caption: str, name: str) -> str:
     A notebook does not understand MyST: roles in the caption (``{cite:t}``) are reduced to their text.
     """
     if os.environ.get("UMETA_BOOK"):
-        return "\n".join([f"```{{table}} {caption}", f":name: {name}", "", *lines, "```", ""])
+        return "\n".join([f":::{{table}} {caption}", f":name: {name}", "", *lines, ":::", ""])
     plain = re.sub(r"\{[\w:-]+\}`([^`]*)`", r"\1", caption)
     return "\n".join([f"**{plain}**", "", *lines, ""])
