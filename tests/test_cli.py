@@ -85,7 +85,7 @@ def test_the_list_of_rows(capsys):
 def test_a_missing_engine_is_named(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["reproduce", "cactus", "--rows", "scratch", "--scale", "smoke"]) == 2
-    assert "snakemake and papermill not installed; pip install 'umeta[reproduce]'" in capsys.readouterr().err
+    assert "snakemake and papermill not installed; pip install -e '.[reproduce]'" in capsys.readouterr().err
 
 
 def test_two_reproductions_do_not_share_a_folder(tmp_path, capsys):

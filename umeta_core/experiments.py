@@ -5,7 +5,6 @@ A row is a task source, a learner and a protocol; one training serves all of the
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace

@@ -40,7 +40,7 @@ SCALES = ("smoke", "quick", "full")
 
 
 def results_folder(folder=None) -> Path:
-    """The folder of records: the argument, ``$UMETA_RESULTS``, the repository's, the installed copy, or ``./results``."""
+    """The records: the argument, ``$UMETA_RESULTS``, the repository's folder, the installed copy, or ``./results``."""
     if folder is not None:
         return Path(folder)
     if os.environ.get("UMETA_RESULTS"):
