@@ -14,7 +14,7 @@ from .episodes import Episodes
 from .fast_conv4 import Head, PatchMoments, TaskNets, to_groups
 from .networks import Conv4
 
-CACHE_BYTES = 5e6  # measured: larger first maps are slower than tasks in chunks
+CACHE_BYTES = 3e6  # measured: with larger first maps, tasks one by one are faster than together
 
 
 def adapt(
@@ -266,12 +266,12 @@ class _InnerLoop:
 
 
 def _over_chunks(net: Conv4, episodes: Episodes, f: Callable) -> list:
-    """f of chunks of tasks, in order. On the CPU, where the first map of all tasks outgrows the cache, chunks of two
-    tasks run on as many Python threads as torch has, one core each; otherwise there is one chunk."""
+    """f of chunks of tasks, in order. One chunk, but on the CPU, where the first map of a single task fills the cache,
+    one task each, on as many Python threads as torch has, one core to a thread."""
     first_map = episodes.way * episodes.shot * net.weights[0].shape[0] * (net.size // net.geometry.stride) ** 2 * 4
-    if episodes.support.device.type != "cpu" or len(episodes) * first_map < CACHE_BYTES:
+    if episodes.support.device.type != "cpu" or first_map < CACHE_BYTES:
         return [f(episodes)]
-    chunks = [episodes[i : i + 2] for i in range(0, len(episodes), 2)]
+    chunks = [episodes[i : i + 1] for i in range(len(episodes))]
     threads = torch.get_num_threads()
     if threads == 1:
         return [f(c) for c in chunks]
