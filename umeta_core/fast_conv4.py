@@ -140,6 +140,7 @@ class Block:
         return pool(g, self.y, [2, 2], [2, 2], [0, 0], [1, 1], False, self.where)
 
     def forward(self, x: Tensor, w: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """The block's output ``[n, T*F, H', W']``."""
         self.sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype) if self.geometry.pool else None
         w, scale = self._flip(w, scale)
         y = self.geometry.conv(x, w)
@@ -331,11 +332,13 @@ class TaskNets:
         self.head = head
 
     def losses(self, params: list[Tensor], x: Tensor) -> Tensor:
+        """Losses ``[T]`` on ``[n, T*C, H, W]``; params as in `networks.Conv4.tensors`, but one copy per task."""
         for b, block in enumerate(self.blocks):
             x = block.forward(x, *params[3 * b : 3 * b + 3])
         return self.head.forward(x, *params[-2:])
 
     def gradient(self) -> list[Tensor]:
+        """Gradient of each task's loss with respect to its own weights; must follow `losses`."""
         g, *grads = self.head.backward()
         for block in reversed(self.blocks):
             g, *three = block.backward(g)
@@ -343,6 +346,7 @@ class TaskNets:
         return grads
 
     def hessian_vector(self, v: list[Tensor]) -> list[Tensor]:
+        """Hessian of each task's loss times the direction v; must follow `gradient`."""
         d = None
         for b, block in enumerate(self.blocks):
             d = block.push(d, *v[3 * b : 3 * b + 3])
