@@ -188,6 +188,13 @@ class MAML(nn.Module):
         return torch.stack(curve)
 
 
+def _descend(p: Tensor, rate: float | Tensor, g: Tensor) -> Tensor:
+    """p - rate * g in one pass over memory; p itself where the rate is 0."""
+    if isinstance(rate, float):
+        return torch.sub(p, g, alpha=rate) if rate else p
+    return torch.addcmul(p, rate, g, value=-1)
+
+
 class _InnerLoop:
     """SGD on the support sets of T tasks with analytic gradients; weights are laid out in groups (see `fast_conv4`)."""
 
@@ -227,7 +234,7 @@ class _InnerLoop:
         grads = nets.gradient()
         if keep:
             self.path.append((nets, grads))
-        self.params = torch._foreach_sub(self.params, torch._foreach_mul(grads, self.rates))
+        self.params = [_descend(p, r, g) for p, r, g in zip(self.params, self.rates, grads)]
 
     def curve(self, at: list[int]) -> Tensor:
         """Query logits ``[len(at), T, N*Q, N]`` after each number of steps in `at`."""
@@ -260,7 +267,7 @@ class _InnerLoop:
                 here = torch._foreach_mul(grads, v)
                 rate_grads = here if rate_grads is None else torch._foreach_add(rate_grads, here)
             if not maml.first_order:
-                v = torch._foreach_sub(v, nets_k.hessian_vector(torch._foreach_mul(v, self.rates)))
+                torch._foreach_sub_(v, nets_k.hessian_vector(torch._foreach_mul(v, self.rates)))
         grads = [*v, *(-g for g in rate_grads or [])]
         return [losses, nets.head.logits, *(self.per_task(i % len(v), g) for i, g in enumerate(grads))]
 
