@@ -11,6 +11,7 @@ from PIL import Image
 
 from umeta_core import data, omniglot, packs, readers
 from umeta_core.attributes import attribute_partitions, attribute_prototypes
+from umeta_core.episodes import PartitionTasks
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,14 @@ def write_mini_imagenet(folder, layout):
             rows.append(f"{name},{label}\n")
         if layout == "csv":
             (folder / f"{split}.csv").write_text("filename,label\n" + "".join(rows))
+
+
+def write_imagenet(folder):
+    """Five classes of ImageNet x 4 photographs in train/: two to train on, one for validation, two for testing."""
+    for c, wnid in enumerate(("n07613480", "n01440764", "n01930112", "n01855672", "n01532829")):
+        (folder / "train" / wnid).mkdir(parents=True)
+        for i, image in enumerate(random_images(4, size=30 + c, seed=c)):
+            Image.fromarray(image.transpose(1, 2, 0)).save(folder / "train" / wnid / f"{wnid}_{i}.JPEG", quality=95)
 
 
 CELEBA_NAMES = ["Bald", "Eyeglasses", "Smiling"]
@@ -128,6 +137,123 @@ def test_mini_imagenet_layouts_and_pack(tmp_path, layout):
     everything = data.load("mini_imagenet", "all", path=tmp_path / "packs")
     assert len(everything) == 18 and everything.n_classes == 6
     assert torch.bincount(everything.labels).tolist() == [3] * 6
+
+
+def test_imagenet_is_split_by_class_and_read_from_its_file(tmp_path):
+    write_imagenet(tmp_path)
+    paths = data.pack("imagenet", tmp_path, tmp_path / "packs")
+    assert paths == [tmp_path / "packs/imagenet.npy", tmp_path / "packs/imagenet.npz"]
+    sets = {split: data.load("imagenet", split, path=paths[0]) for split in ("train", "val", "test", "all")}
+    assert [s.class_names for s in sets.values()][:3] == [
+        ["n01440764", "n01532829"], ["n01855672"], ["n01930112", "n07613480"]]
+    assert sets["train"].superclasses == ["no mini", "mini_imagenet train"]
+    assert sets["all"].class_names == sum([sets[split].class_names for split in ("train", "val", "test")], [])
+    for s in sets.values():
+        assert s.mapped and s.images.dtype == torch.uint8 and s.images.shape == (4 * s.n_classes, 3, 224, 224)
+        assert s.labels.tolist() == [c for c in range(s.n_classes) for _ in range(4)]
+    with Image.open(tmp_path / "train/n07613480/n07613480_2.JPEG") as image:
+        expected = np.asarray(image.resize((224, 224), Image.LANCZOS)).transpose(2, 0, 1)
+    assert np.array_equal(sets["test"].images[4 + 2], expected)
+    # Tasks draw on the file; on another device only labels and tasks would be there.
+    tasks = PartitionTasks(sets["test"]).sample(2, 2, 1, 3, torch.Generator().manual_seed(0))
+    seen = torch.cat([tasks.support, tasks.query], 2).mul(255).round().to(torch.uint8)
+    wanted = sets["test"].images.unflatten(0, (2, 4))
+    for task in seen:
+        first = 0 if (task[0, 0] == wanted[0]).flatten(1).all(1).any() else 1
+        for shown, members in zip(task, wanted[[first, 1 - first]], strict=True):
+            assert all((image == members).flatten(1).all(1).any() for image in shown)
+    moved = sets["train"].to("meta")
+    assert moved.images.device.type == "cpu" and moved.labels.device.type == "meta"
+
+
+def test_imagenet_is_mapped_however_large(tmp_path):
+    """As many images as ImageNet has, in a file without content: 193 GB that no memory holds."""
+    path, shape = tmp_path / "imagenet.npy", (1281167, 3, 224, 224)
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        try:
+            file.truncate(file.tell() + int(np.prod(shape)))
+        except OSError:
+            pytest.skip("needs a file system that keeps files with holes of 193 GB")
+    np.savez(tmp_path / "imagenet.npz", labels=np.zeros(shape[0], np.int16), class_names=np.array(["n01440764"]))
+    train = data.load("imagenet", "train", path=tmp_path)
+    assert train.images.shape == shape
+    tasks = PartitionTasks(train).sample(3, 1, 1, 5, torch.Generator().manual_seed(0))
+    assert tasks.query.shape == (3, 1, 5, 3, 224, 224) and not tasks.query.any()
+    path.unlink()
+
+
+def test_packing_imagenet_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    write_imagenet(tmp_path)
+    whole = data.load("imagenet", "all", path=data.pack("imagenet", tmp_path, tmp_path / "whole")[0])
+    out, read, decoded = tmp_path / "packs", packs.read_image, []
+
+    def until(limit):
+        def one(source, *arguments):
+            if len(decoded) >= limit:
+                raise KeyboardInterrupt
+            decoded.append(source)
+            return read(source, *arguments)
+        return one
+
+    monkeypatch.setattr(packs.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(packs, "read_image", until(7))
+    with pytest.raises(KeyboardInterrupt):
+        data.pack("imagenet", tmp_path, out)
+    (part,) = out.iterdir()  # nothing that looks complete
+    assert part.suffix == ".part" and data.locate("imagenet", path=out) is None
+    written = part.stat().st_size // (3 * 224 * 224)
+    with open(part, "ab") as file:
+        file.write(b"torn")
+    monkeypatch.setattr(packs, "read_image", until(100))
+    paths = data.pack("imagenet", tmp_path, out)
+    assert 0 < written <= 7 and len(decoded) == 7 + 20 - written and sorted(out.iterdir()) == paths
+    resumed = data.load("imagenet", "all", path=out)
+    assert torch.equal(resumed.images, whole.images) and torch.equal(resumed.labels, whole.labels)
+    decoded.clear()
+    assert data.pack("imagenet", tmp_path, out) == paths and not decoded  # packed already
+
+
+def test_imagenet_errors(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no images in .*n01440764.*unpack ILSVRC2012_img_train.tar"):
+        data.pack("imagenet", tmp_path, tmp_path)
+    with pytest.raises(FileNotFoundError, match="(?s)imagenet.npz.*image-net.org.*umeta data pack imagenet FOLDER"):
+        data.load("imagenet", path=tmp_path)
+    write_imagenet(tmp_path / "folder")
+    with monkeypatch.context() as patch:
+        patch.setattr(packs.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
+        with pytest.raises(OSError, match="0.0 GB free, imagenet.npy needs 0.0 GB: .*--out"):
+            data.pack("imagenet", tmp_path / "folder", tmp_path)
+    array, archive = data.pack("imagenet", tmp_path / "folder" / "train", tmp_path)  # the folder train/ itself will do
+    with pytest.raises(ValueError, match="224x224 images and not resized to 84"):
+        data.load("imagenet", path=tmp_path, size=84)
+    (line,) = data.check("imagenet", tmp_path)
+    assert line["ok"] is False and "5 classes, 20 images (4 to 4 a class), 224x224, uint8" in line["detail"]
+    assert data.info("imagenet")["size"] == 224
+    labels, names, stamp = packs.read_archive(archive, "labels", "class_names", "stamp")
+    packs.write_archive(archive, labels=labels[:-1], class_names=names, stamp=stamp)
+    with pytest.raises(ValueError, match="20 images in imagenet.npy and 19 labels"):
+        data.load("imagenet", path=tmp_path)
+    array.write_bytes(array.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="imagenet.npy is truncated or corrupt"):
+        data.load("imagenet", path=tmp_path)
+    only_train = tmp_path / "few"
+    (only_train / "n01440764").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(only_train / "n01440764" / "a.JPEG")
+    data.pack("imagenet", only_train, only_train)
+    with pytest.raises(ValueError, match="imagenet 'val' is empty"):
+        data.load("imagenet", "val", path=only_train)
+
+
+def test_imagenet_leaves_out_the_classes_of_mini_imagenet():
+    assert {split: len(ids) for split, ids in readers.MINI_IMAGENET.items()} == {"train": 64, "val": 16, "test": 20}
+    assert len({wnid for ids in readers.MINI_IMAGENET.values() for wnid in ids}) == 100
+    for split, ids in readers.MINI_IMAGENET.items():
+        found = data.locate("mini_imagenet", split)
+        if not found or found[1] != "pack":
+            pytest.skip("needs the packs of mini-ImageNet: set UMETA_DATA to a folder that has them")
+        wnids = packs.read_archive(found[0] / f"mini_imagenet_{split}.npz", "wnids")[0]
+        assert sorted(map(str, wnids)) == sorted(ids)
 
 
 def test_images_are_decoded_once_and_memory_mapped(tmp_path, cache, monkeypatch):

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from umeta_core.attributes import AttributeTasks, attribute_prototypes
 from umeta_core.data import ImageSet
-from umeta_core.episodes import Episodes, PartitionTasks, sample_without_replacement
+from umeta_core.episodes import Episodes, MixedTasks, PartitionTasks, sample_without_replacement
 
 
 def numbered(classes=6, each=8, channels=1):
@@ -95,3 +96,53 @@ def test_bad_partitions_are_refused():
         PartitionTasks(images, torch.zeros(7, dtype=torch.long))
     with pytest.raises(ValueError, match="leaves every image out"):
         PartitionTasks(images, torch.full((48,), -1))
+
+
+def test_features_show_the_same_tasks():
+    images = numbered()
+    features = torch.stack([torch.arange(48.0), -torch.arange(48.0)], 1)
+    seen = PartitionTasks(images).sample(9, 3, 2, 3, torch.Generator().manual_seed(2))
+    told = PartitionTasks(images, None, features).sample(9, 3, 2, 3, torch.Generator().manual_seed(2))
+    assert told.support.shape == (9, 3, 2, 2) and torch.equal(told.query[..., 1], -told.query[..., 0])
+    assert torch.equal(told.support[..., 0].long(), identity(seen.support))
+
+
+def test_bad_features_are_refused():
+    images, z = numbered(), torch.zeros(48, 3)
+    with pytest.raises(ValueError, match="features are of 47 images but numbered train has 48"):
+        PartitionTasks(images, None, z[1:])
+    z[3, 1], z[7, 0] = float("nan"), float("inf")
+    with pytest.raises(ValueError, match="2 of 48 features are not finite"):
+        PartitionTasks(images, None, z)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+def test_mixed_tasks_come_from_each_source_in_proportion(share):
+    images = numbered(4, 12)
+    mixed = MixedTasks(PartitionTasks(images), PartitionTasks(images, torch.arange(48) % 4), share)
+    episodes = mixed.sample(2000, 3, 1, 2, torch.Generator().manual_seed(0))
+    drawn = torch.cat([identity(episodes.support), identity(episodes.query)], 2)
+    by_label = (drawn // 12 == drawn[..., :1] // 12).all(2).all(1)
+    by_stripe = (drawn % 4 == drawn[..., :1] % 4).all(2).all(1)
+    assert (by_label ^ by_stripe).all()
+    assert abs(by_label.float().mean() - share) < 0.03
+    with pytest.raises(ValueError, match="share=2 is not a probability"):
+        MixedTasks(mixed, mixed, 2)
+
+
+def test_attribute_tasks_put_all_three_values_against_none():
+    images = numbered(1, 200)
+    images.attributes = (torch.rand(200, 5, generator=torch.Generator().manual_seed(0)) < 0.5).to(torch.uint8)
+    images.attribute_names = list("abcde")
+    prototypes = attribute_prototypes(images, list("abcde"), 6)
+    episodes = AttributeTasks(images, prototypes).sample(300, 2, 2, 4, torch.Generator().manual_seed(1))
+    drawn = torch.cat([identity(episodes.support), identity(episodes.query)], 2)  # [T, 2, 6]
+    assert all(len(set(row.tolist())) == 6 for row in drawn.flatten(0, 1))
+    values = images.attributes[drawn].float().mean(2)  # [T, 2, 5]: 0 or 1 where the six members agree
+    opposed = ((values[:, 0] == 0) & (values[:, 1] == 1)) | ((values[:, 0] == 1) & (values[:, 1] == 0))
+    assert (opposed.sum(1) >= 3).all()
+    assert 0.4 < values[:, 0].mean() < 0.6  # which of the two classes comes first is a coin
+    with pytest.raises(ValueError, match="have 2 classes, not 3"):
+        AttributeTasks(images, prototypes).sample(1, 3, 2, 4, torch.Generator())
+    with pytest.raises(ValueError, match=r"fewer than 50 \+ 60 images"):
+        AttributeTasks(images, prototypes).sample(1, 2, 50, 60, torch.Generator())

@@ -2,6 +2,8 @@
 
 import torch
 
+from .episodes import Episodes
+
 
 def attribute_prototypes(images, attributes, r):
     """Task prototypes over `attributes`: int64 [P, 3, 2], for each of three attributes its column and its Boolean.
@@ -42,3 +44,33 @@ def attribute_partitions(images, prototypes):
         agree = (images.attributes[:, prototype[:, 0]] == prototype[:, 1]).sum(1)
         row.copy_(torch.where(agree == 3, 1, torch.where(agree == 0, 0, -1)))
     return partitions
+
+
+class AttributeTasks:
+    """Two-way tasks of CelebA: one of the prototypes, then R images of each of its two classes.
+
+    images: an ImageSet with attributes; prototypes int64 [P, 3, 2] from `attribute_prototypes`, whose classes have at
+    least R members. Works without the P partitions, of which full CelebA's 4287 would fill 5 GB.
+    """
+
+    def __init__(self, images, prototypes, features=None):
+        self.images, self.features = images, features
+        self.prototypes = prototypes.to(images.attributes.device)
+
+    def sample(self, tasks, way, shot, query, generator):
+        """Draw `tasks` 2-way episodes. ValueError: another way, or a class with fewer than shot + query images."""
+        if way != 2:
+            raise ValueError(f"attribute tasks have 2 classes, not {way}; use way=2")
+        values = self.images.attributes
+        p = torch.randint(len(self.prototypes), (tasks,), generator=generator, device=values.device)
+        columns, booleans = self.prototypes[p].unbind(2)  # [T, 3]
+        agree = (values[:, columns] == booleans).sum(2).T  # [T, n]: 3 for one class, 0 for the other
+        members = torch.stack([agree == 0, agree == 3], 1)
+        keys = torch.rand(members.shape, generator=generator, device=values.device).masked_fill_(~members, -1)
+        top = keys.topk(shot + query, dim=2)
+        if (top.values < 0).any():
+            raise ValueError(f"a class has fewer than {shot} + {query} images; make the prototypes with that r")
+        swap = torch.rand(tasks, 1, 1, generator=generator, device=values.device) < 0.5
+        index = torch.where(swap, top.indices.flip(1), top.indices)
+        shown = self.images.images[index].float().div_(255) if self.features is None else self.features[index]
+        return Episodes(shown[:, :, :shot], shown[:, :, shot:])

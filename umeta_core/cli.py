@@ -16,6 +16,7 @@ from pathlib import Path
 from . import results
 from .results import REPOSITORY, SCALES
 
+TWO_CORES = 0.6  # of the time with one thread, measured for MAML on 20-way tasks
 EPILOG = "Example: umeta reproduce cactus --table 8 --rows oracle --scale quick --dataset glyphs"
 
 
@@ -177,11 +178,14 @@ def check_device(name: str) -> None:
 def _train(arguments) -> None:
     from dataclasses import replace
 
-    from .experiments import find_row, run_row, train_row
+    from .experiments import BASELINES, run_row, train_row
+    from .rows import find_row
 
     row = replace(find_row(arguments.row, arguments.dataset), at_most=arguments.steps)
     _prepare(arguments)
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one process tests
+    if row.learner in BASELINES:
+        raise ValueError(f"{row.slug} trains nothing: umeta reproduce cactus --rows {row.slug} tunes and tests it")
     if arguments.record and first:
         record = run_row(row, arguments.scale, arguments.seed, arguments.device, checkpoint=arguments.checkpoint)
         _print_cells(record["cells"])
@@ -193,7 +197,8 @@ def _train(arguments) -> None:
 
 
 def _evaluate(arguments) -> None:
-    from .experiments import find_row, untrained
+    from .experiments import untrained
+    from .rows import find_row
     from .training import read_checkpoint
 
     row = find_row(arguments.row, arguments.dataset)
@@ -201,7 +206,7 @@ def _evaluate(arguments) -> None:
     if not arguments.checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint {arguments.checkpoint}; umeta train {row.slug} --checkpoint makes one")
     state = read_checkpoint(arguments.checkpoint)
-    learner = untrained(row, arguments.seed, arguments.device)
+    learner = untrained(row, arguments.seed, arguments.device, arguments.scale)
     try:
         learner.load_state_dict(state["learner"])
     except RuntimeError as error:
@@ -224,12 +229,11 @@ def _print_cells(cells: list[dict]) -> None:
 
 
 def _reproduce(arguments) -> None:
-    from .experiments import select_rows
+    from .rows import select_rows
 
     rows = select_rows(arguments.paper, arguments.table, arguments.rows, arguments.dataset)
     if arguments.list:
-        for row in rows:
-            print(f"{row.slug:28} {row.dataset:14} table {row.table:3} {row.steps['full']:>7,} steps  {row.method}")
+        _print_list(rows, results.results_folder(arguments.results))
         return
     folder = results.results_folder(arguments.results).resolve()
     check_device(arguments.device)
@@ -237,6 +241,30 @@ def _reproduce(arguments) -> None:
     if not arguments.dry_run:
         _snakemake(arguments, [row.slug for row in rows], folder)
         print(results.table_text(arguments.paper, arguments.table, arguments.dataset, True, folder))
+
+
+def _print_list(rows, folder: Path) -> None:
+    """What each row is, what the paper prints, what has been measured, and what it costs; then the embeddings."""
+    from .experiments import expected_seconds
+    from .rows import EMBEDDINGS
+
+    paper = rows[0].paper
+    numbers, records = results.published(paper, folder), results.read_records(paper, folder)
+    for row in rows:
+        cells = [n for n in numbers if n["table"] == row.table and results.matches(n, vars(row))]
+        printed = " / ".join(str(n["value"]) for n in cells) or "not printed"
+        runs = sorted((r["scale"], r["seed"]) for r in records if r["row"] == row.slug)
+        state = ", ".join(f"{scale} seed {seed}" for scale, seed in runs) or "not run"
+        cost = _duration(TWO_CORES * expected_seconds(row, "full"))
+        gpu = _duration(expected_seconds(row, "full", "cuda"))
+        print(f"{row.slug:44} table {row.table:6} paper {printed:30} {state:20} 2 cores {cost}, one GPU {gpu}")
+    used = {(row.embedding, row.dataset) for row in rows}
+    for (name, dataset), plan in EMBEDDINGS.items():
+        if (name, dataset) in used:
+            known = _duration(plan.seconds and plan.seconds * plan.epochs["full"])
+            epochs = f"{plan.epochs['full']} epochs"
+            print(f"  embedding {name} of {dataset}: {epochs}, one thread {known}; shared by its rows")
+    print("costs are full runs without the embedding and its partitions; GPU figures are planned, not measured")
 
 
 def _print_plan(arguments, rows, folder: Path) -> None:

@@ -18,7 +18,8 @@ class ImageSet:
     """Labelled images. images uint8 [n, channels, height, width]; labels int64 [n], an index into `class_names`.
 
     `superclasses` has one name per class (the alphabet or script), or is empty. CelebA also has `attributes`, uint8
-    [n, 40] in {0, 1}, and their names.
+    [n, 40] in {0, 1}, and their names. `mapped`: the images lie in a read-only file (ImageNet) and stay there, on the
+    CPU, when the set is moved to another device; index them with few rows at a time.
     """
 
     images: Tensor
@@ -29,6 +30,7 @@ class ImageSet:
     split: str
     attributes: Tensor | None = None
     attribute_names: list[str] = field(default_factory=list)
+    mapped: bool = False
 
     def __len__(self):
         return len(self.images)
@@ -38,9 +40,10 @@ class ImageSet:
         return len(self.class_names)
 
     def to(self, device):
-        """The same set with its tensors on `device`."""
+        """The same set with its tensors on `device`, but for images that are mapped from a file."""
+        images = self.images if self.mapped else self.images.to(device)
         attributes = None if self.attributes is None else self.attributes.to(device)
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device), attributes=attributes)
+        return replace(self, images=images, labels=self.labels.to(device), attributes=attributes)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,13 @@ ABOUT = {
          "and follow https://github.com/yaoyao-liu/mini-imagenet-tools to cut out the 60,000 images",
          "put the CSVs and the folder images/ (or folders train/ val/ test/ of class folders) into {home}",
          "umeta data pack mini_imagenet {home} makes compact files of them (optional)")),
+    "imagenet": About(
+        "1000 classes, 1.28 million photographs at 224x224 (ILSVRC 2012); val and test are those of mini-ImageNet", 224,
+        "ImageNet terms of access: non-commercial research and education only",
+        {"raw": ("imagenet.npz", "imagenet.npy")},
+        ("sign up at https://image-net.org and download ILSVRC2012_img_train.tar (138 GB)",
+         "unpack it and the 1000 archives in it into FOLDER/train/n01440764/*.JPEG and so on, a folder for each class",
+         "umeta data pack imagenet FOLDER --out {home} (makes one file of 193 GB; can be interrupted)")),
     "mnist": About(
         "70,000 handwritten digits (LeCun, Cortes, Burges)", 28, "CC BY-SA 3.0, as commonly stated",
         {"pack": ("mnist.npz",),
@@ -104,17 +114,20 @@ ABOUT = {
 def load(name, split="train", *, path=None, size=None, protocol=None, device="cpu", part="both", download=True):
     """Load a data set as an ImageSet.
 
-    name: "glyphs" (built in), "omniglot", "mini_imagenet", "mnist", "fashion_mnist", "cifar10", "celeba" or "digits".
+    name: "glyphs" (built in), "omniglot", "mini_imagenet", "imagenet", "mnist", "fashion_mnist", "cifar10", "celeba" or
+        "digits".
     split: "train", "val", "test", or "all" (everything; Omniglot then without rotations).
     path: folder (or one of the files in it) to read from. Without it the data set is looked for in $UMETA_DATA, then in
         the cache folder (`umeta_core.packs.cache_folder`), then torchvision downloads it there, unless download=False.
     size: height and width in pixels; other than the data set's own, images are resized (antialiased bilinear).
-        Omniglot and glyphs have 28 and 105, mini-ImageNet and CelebA 84, MNIST 28, CIFAR-10 32, digits 8.
+        Omniglot and glyphs have 28 and 105, mini-ImageNet and CelebA 84, MNIST 28, CIFAR-10 32, digits 8. ImageNet has
+        224 and is not resized: it does not fit memory and stays in its file (ImageSet.mapped).
     protocol: Omniglot only: "cactus" (default), "lasium", "meta_gmvae" or "vinyals": `umeta_core.omniglot`.
     part: CelebA packs only: "identity" (many faces a person), "aligned" (mostly one) or "both".
 
     Validation is the last 5000 training images of MNIST and Fashion-MNIST (CACTUs appendix D), the last tenth of each
-    class of CIFAR-10 (a copy may be sorted by class); mini-ImageNet and CelebA have their official split; digits are
+    class of CIFAR-10 (a copy may be sorted by class); mini-ImageNet and CelebA have their official split; ImageNet's
+    training images are split by class: 16 and 20 as in mini-ImageNet, 964 to train on (CACTUs appendix G); digits are
     cut 60/20/20 within each class. In every data set of drawings ink is 255.
     Raises ValueError for an unknown name, split, protocol or part and for a damaged file, FileNotFoundError (what was
     looked for where, and how to get it) for a missing data set.
@@ -126,6 +139,8 @@ def load(name, split="train", *, path=None, size=None, protocol=None, device="cp
         raise ValueError(f"{name} has no protocols (only omniglot has): leave protocol out")
     if part not in ("identity", "aligned", "both"):
         raise ValueError(f"unknown part {part!r} of celeba: choose from identity, aligned, both")
+    if name == "imagenet" and size not in (None, 224):
+        raise ValueError(f"imagenet is read from a file of 224x224 images and not resized to {size}: leave size out")
     size = size or about.size
     if name == "glyphs":
         loaded = readers.glyphs(split, size)
@@ -139,12 +154,15 @@ def load(name, split="train", *, path=None, size=None, protocol=None, device="cp
     elif name == "mini_imagenet":
         wanted = SPLITS[:3] if split == "all" else (split,)
         loaded = readers.mini_imagenet({each: find(name, each, path) for each in wanted})
+    elif name == "imagenet":
+        loaded = readers.imagenet(find(name, split, path)[0], split)
     elif name == "celeba":
         loaded = readers.celeba(*find(name, split, path, part, download), split, part)
     else:
         loaded = readers.vision(name, *find(name, split, path, part, download), split)
     images, labels, class_names, superclasses, *rest = loaded
-    return ImageSet(packs.resize(images, size), labels, class_names, superclasses, name, split, *rest).to(device)
+    images = packs.resize(images, size)
+    return ImageSet(images, labels, class_names, superclasses, name, split, *rest, mapped=name == "imagenet").to(device)
 
 
 def known(name):
@@ -245,6 +263,7 @@ SHA256 = {
 COUNTS = {
     "omniglot": {"all": (1623, 32460)},
     "mini_imagenet": {"train": (64, 38400), "val": (16, 9600), "test": (20, 12000)},
+    "imagenet": {"all": (1000, 1281167)},
     "mnist": {"train": (10, 55000), "val": (10, 5000), "test": (10, 10000)},
     "fashion_mnist": {"train": (10, 55000), "val": (10, 5000), "test": (10, 10000)},
     "cifar10": {"train": (10, 45000), "val": (10, 5000), "test": (10, 10000)},
@@ -283,15 +302,17 @@ def available(name, path=None):
 
 
 def pack(name, folder, out):
-    """Make the compact packs of "omniglot" or "mini_imagenet" from a usual folder layout; returns the files written.
+    """Make the packs of "omniglot", "mini_imagenet" or "imagenet" from a usual folder layout; returns the files.
 
-    mini-ImageNet is written as 84x84 JPEGs of quality 75, which is lossy. Raises ValueError for another name and
-    FileNotFoundError if `folder` does not hold the data set.
+    mini-ImageNet is written as 84x84 JPEGs of quality 75, which is lossy; ImageNet as 193 GB of 224x224 pixels. Raises
+    ValueError for another name and FileNotFoundError if `folder` does not hold the data set.
     """
     known(name)
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
+    if name == "imagenet":
+        return readers.pack_imagenet(folder, out)
     if name not in ("omniglot", "mini_imagenet"):
-        raise ValueError(f"no pack is made of {name}: choose omniglot or mini_imagenet")
+        raise ValueError(f"no pack is made of {name}: choose omniglot, mini_imagenet or imagenet")
     found = {split: find(name, split, folder) for split in SPLITS[:3]}
     for there, layout in found.values():
         if layout == "pack":
@@ -305,8 +326,8 @@ def check(name, path=None):
     """Verify a data set. One dict for each thing verified: what, ok (True, False, or None: cannot be told), detail.
 
     A pack's SHA-256 is compared with that of the known pack (another sum is not an error: packs can be made anew);
-    every split is read whole, and its classes, images and image size are compared with the published ones.
-    Raises ValueError for an unknown name, FileNotFoundError if nothing is there.
+    every split is read whole (of ImageNet only the labels), and its classes, images and image size are compared with
+    the published ones. Raises ValueError for an unknown name, FileNotFoundError if nothing is there.
     """
     known(name)
     there = available(name, path)

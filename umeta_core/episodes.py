@@ -14,8 +14,9 @@ from .data import ImageSet
 class Episodes:
     """A batch of T few-shot tasks.
 
-    ``support`` ``[T, N, K, C, H, W]`` and ``query`` ``[T, N, Q, C, H, W]`` are floats in [0, 1]. The label of an image
-    is its position on the N axis; since classes are drawn in random order, that is a random label permutation.
+    ``support`` ``[T, N, K, C, H, W]`` and ``query`` ``[T, N, Q, C, H, W]`` are floats in [0, 1]; tasks on embeddings
+    have ``[T, N, K, d]`` and ``[T, N, Q, d]``. The label of an image is its position on the N axis; since classes are
+    drawn in random order, that is a random label permutation.
     """
 
     support: Tensor
@@ -77,28 +78,37 @@ class PartitionTasks:
     of which each task draws one uniformly, then N of its classes uniformly (not by size), then R = K + Q of their
     members, all without replacement (CACTUs, Alg. 1). Classes with fewer than R members are not used.
 
+    `features` ``[n, ...]``, float, are what the tasks show instead of the images, for example embeddings ``[n, d]``.
+    The same generator draws the same tasks with and without them.
+
     Raises:
-        ValueError: a partition of other images, or a task that asks for more classes or images than there are.
+        ValueError: a partition or features of other images, features that are not finite, or a task that asks for more
+            classes or images than there are.
     """
 
-    def __init__(self, images: ImageSet, partitions: Tensor | None = None):
+    def __init__(self, images: ImageSet, partitions: Tensor | None = None, features: Tensor | None = None):
         parts = images.labels if partitions is None else partitions.to(images.labels.device)
         parts = parts.unsqueeze(0) if parts.dim() == 1 else parts
-        if parts.shape[1] != len(images):
-            raise ValueError(
-                f"the partition is of {parts.shape[1]} images but {images.name} {images.split} has {len(images)}"
-            )
-        self.images = images
+        shown = len(images) if features is None else len(features)
+        for what, rows in (("partition is", parts.shape[1]), ("features are", shown)):
+            if rows != len(images):
+                raise ValueError(f"the {what} of {rows} images but {images.name} {images.split} has {len(images)}")
+        if features is not None and not torch.isfinite(features).all():
+            bad = int((~torch.isfinite(features)).flatten(1).any(1).sum())
+            raise ValueError(f"{bad} of {len(features)} features are not finite; fit the embedding again")
+        self.images, self.features = images, features
         classes = int(parts.max()) + 1
         if classes < 1:
             raise ValueError("the partition leaves every image out")
         # members of class c of partition p: order[p, start[p, c] : start[p, c] + size[p, c]]
-        self.order = parts.argsort(dim=1, stable=True)
-        rows = torch.arange(len(parts), device=parts.device).unsqueeze(1) * (classes + 1)
-        tally = torch.bincount((parts + 1 + rows).flatten(), minlength=len(parts) * (classes + 1))
-        tally = tally.view(len(parts), classes + 1)
-        self.start = tally.cumsum(1)[:, :-1]
-        self.size = tally[:, 1:]
+        self.order = torch.empty(parts.shape, dtype=torch.int32, device=parts.device)
+        self.size = torch.empty(len(parts), classes, dtype=torch.long, device=parts.device)
+        self.start = torch.empty_like(self.size)
+        for order, size, start, part in zip(self.order, self.size, self.start, parts):  # thousands fit memory this way
+            order.copy_(part.argsort(stable=True))
+            tally = torch.bincount(part.long() + 1, minlength=classes + 1)
+            size.copy_(tally[1:])
+            start.copy_(tally.cumsum(0)[:-1])
         self._usable: dict[int, tuple[Tensor, Tensor]] = {}
 
     def usable(self, r: int) -> tuple[Tensor, Tensor]:
@@ -126,9 +136,37 @@ class PartitionTasks:
         picked = classes[p].gather(1, sample_without_replacement(count[p], way, generator))  # [T, N]
         member = sample_without_replacement(self.size[p].gather(1, picked), r, generator)  # [T, N, R]
         place = self.start[p].gather(1, picked).unsqueeze(2) + member
-        index = self.order[p.view(-1, 1, 1), place]
-        x = self.images.images[index].float().div_(255)
+        index = self.order[p.view(-1, 1, 1), place].long()
+        if self.features is not None:
+            x = self.features[index]
+        else:
+            pixels = self.images.images  # stay in main memory, or on disk, if mapped from a file
+            x = pixels[index.to(pixels.device)].to(index.device).float().div_(255)
         return Episodes(x[:, :, :shot], x[:, :, shot:])
+
+
+class MixedTasks:
+    """Each task comes from `first` with probability `share`, else from `second` (CACTUs, App. G: "mixing").
+
+    Both sources show the same images or features; the paper mixes cluster tasks and labelled tasks in proportion to the
+    data behind them.
+    """
+
+    def __init__(self, first, second, share: float):
+        if not 0 <= share <= 1:
+            raise ValueError(f"share={share} is not a probability; use a number from 0 to 1")
+        self.first, self.second, self.share, self.images = first, second, share, first.images
+
+    def sample(self, tasks: int, way: int, shot: int, query: int, generator: torch.Generator) -> Episodes:
+        """Draw from both and keep one of each pair: the work stays the same whatever the draw."""
+        a = self.first.sample(tasks, way, shot, query, generator)
+        b = self.second.sample(tasks, way, shot, query, generator)
+        keep = torch.rand(tasks, generator=generator, device=a.support.device) < self.share
+
+        def pick(x, y):
+            return torch.where(keep.view(-1, *[1] * (x.dim() - 1)), x, y)
+
+        return Episodes(pick(a.support, b.support), pick(a.query, b.query))
 
 
 def running_example() -> Episodes:

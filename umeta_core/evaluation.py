@@ -50,7 +50,7 @@ def sample_blocks(source, tasks: int, way: int, shot: int, query: int, seed: int
 
 def in_chunks(predict, episodes: Episodes, max_images: int) -> Tensor:
     """Apply `predict` to slices of at most `max_images` images; concatenates on the task axis (the last but two)."""
-    per_task = episodes.support[0, ..., 0, 0, 0].numel() + episodes.query[0, ..., 0, 0, 0].numel()
+    per_task = episodes.way * (episodes.shot + episodes.query.shape[2])
     size = max(1, max_images // per_task)
     return torch.cat([predict(episodes[i : i + size]) for i in range(0, len(episodes), size)], -3)
 
@@ -100,7 +100,7 @@ def _protocol(source, way, shot, query, tasks, seed) -> dict:
 
 def _device(source):
     images = getattr(source, "images", None)
-    return "cpu" if images is None else images.images.device
+    return "cpu" if images is None else images.labels.device
 
 
 def _progress(blocks, tasks):

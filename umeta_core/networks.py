@@ -147,22 +147,32 @@ class Conv4(nn.Module):
 
 
 class MLP(nn.Module):
-    """Fully connected network with ReLU, for T tasks at once: ``[T, n, sizes[0]] -> [T, n, sizes[-1]]``."""
+    """Fully connected network with ReLU, for T tasks at once: ``[T, n, sizes[0]] -> [T, n, sizes[-1]]``.
 
-    def __init__(self, sizes: list[int], generator: torch.Generator | None = None):
+    Args:
+        norm: None, or "shift": batch norm over the images of a task after each hidden layer, with a shift and no scale
+            (CACTUs' MAML on embeddings; reference code, not in the paper).
+        std: of the normal initial weights, cut off at 2 std (CACTUs: 0.01); None: Glorot.
+    """
+
+    def __init__(self, sizes: list[int], generator: torch.Generator | None = None, *, norm=None, std=None, eps=1e-3):
         super().__init__()
-        self.way = sizes[-1]
+        self.way, self.norm, self.eps = sizes[-1], norm, eps
         shapes = list(zip(sizes[1:], sizes[:-1]))
         self.weights = nn.ParameterList(nn.Parameter(glorot_uniform(s, generator)) for s in shapes)
+        if std is not None:
+            for w in self.weights:
+                nn.init.trunc_normal_(w, std=std, a=-2 * std, b=2 * std, generator=generator)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(s[0])) for s in shapes)
 
     def tensors(self, way: int | None = None) -> list[Tensor]:
-        """Weight and bias of each layer; the last layer cut to its first `way` outputs."""
+        """Weight and bias (with batch norm: its shift) of each layer; the last layer cut to its first `way` outputs."""
         flat = [t for two in zip(self.weights, self.biases) for t in two]
         return [*flat[:-2], flat[-2][:way], flat[-1][:way]]
 
     def norm_mask(self) -> list[bool]:
-        return [False] * (2 * len(self.weights))
+        hidden = len(self.weights) - 1
+        return [False, self.norm is not None] * hidden + [False, False]
 
     def head_mask(self) -> list[bool]:
         return [False] * (2 * len(self.weights) - 2) + [True, True]
@@ -170,8 +180,14 @@ class MLP(nn.Module):
     def forward_tasks(self, params: list[Tensor], x: Tensor) -> Tensor:
         x = x.flatten(2)
         for i in range(0, len(params), 2):
-            x = torch.baddbmm(params[i + 1].unsqueeze(1), x, params[i].transpose(1, 2))
-            x = F.relu(x) if i < len(params) - 2 else x
+            last = i == len(params) - 2
+            if self.norm is None or last:
+                x = torch.baddbmm(params[i + 1].unsqueeze(1), x, params[i].transpose(1, 2))
+            else:
+                x = x @ params[i].transpose(1, 2)
+                x = x - x.mean(1, keepdim=True)
+                x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps) + params[i + 1].unsqueeze(1)
+            x = x if last else F.relu(x)
         return x
 
 

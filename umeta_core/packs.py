@@ -9,6 +9,7 @@ import io
 import os
 import shutil
 import uuid
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -122,30 +123,37 @@ def progress(iterable, total, what):
     return tqdm(iterable, total=total, desc=what, unit=" images", unit_scale=True, mininterval=1.0, leave=False)
 
 
-def decode(image_file, array, what, crop=None):
-    """Decode image i, `image_file(i)` (a path or a binary file), into array[i], uint8 [3, size, size], for all i.
+def read_image(source, size, name, crop=None):
+    """Decode an image (a path or a binary file, called `name` in an error): uint8 [3, size, size].
 
     An image of another size is cut to its central `crop` x `crop` pixels (where given) and resized (Lanczos, as the
-    mini-ImageNet script of Finn et al. 2017 does). Threads share the work: Pillow releases the interpreter lock.
+    mini-ImageNet script of Finn et al. 2017 does).
     """
     from PIL import Image
 
-    size = array.shape[-1]
+    try:
+        with Image.open(source) as image:
+            image = image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{name} is truncated or corrupt ({error}): get it again") from None
+    if crop and image.size != (size, size):
+        left, top = (image.width - crop) // 2, (image.height - crop) // 2
+        image = image.crop((left, top, left + crop, top + crop))
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.LANCZOS)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def decode(image_file, array, what, crop=None):
+    """Decode image i, `image_file(i)` (a path or a binary file), into array[i], uint8 [3, size, size], for all i.
+
+    Threads share the work: Pillow releases the interpreter lock.
+    """
 
     def one(i):
         source = image_file(i)
-        try:
-            with Image.open(source) as image:
-                image = image.convert("RGB")
-        except OSError as error:
-            name = source if isinstance(source, (str, Path)) else f"image {i} of {what}"
-            raise ValueError(f"{name} is truncated or corrupt ({error}): get it again") from None
-        if crop and image.size != (size, size):
-            left, top = (image.width - crop) // 2, (image.height - crop) // 2
-            image = image.crop((left, top, left + crop, top + crop))
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.LANCZOS)
-        array[i] = np.asarray(image).transpose(2, 0, 1)
+        name = source if isinstance(source, (str, Path)) else f"image {i} of {what}"
+        array[i] = read_image(source, array.shape[-1], name, crop)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for _ in progress(pool.map(one, range(len(array))), len(array), f"decoding {what}"):
@@ -171,6 +179,54 @@ def decode_files(files, size, label, crop=None):
     """All images of a list of files: memory-mapped uint8 [n, 3, size, size], decoded the first time only."""
     return cached_array(label, files, (len(files), 3, size, size),
                         lambda array: decode(lambda i: files[i], array, label, crop))
+
+
+def append_images(path, files, size, stamp):
+    """Decode image files into the .npy file `path`, uint8 [n, 3, size, size], which may be far larger than memory.
+
+    The images are appended to a file named after `stamp` beside it, which is renamed at the end. After an interruption
+    the same call goes on where it stopped. OSError: the disk is too small.
+    """
+    start, each = io.BytesIO(), 3 * size * size
+    shape = (len(files), 3, size, size)
+    np.lib.format.write_array_header_1_0(start, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.stem}-{stamp}.part")
+    there = part.stat().st_size if part.exists() else 0
+    done = max(0, there - start.tell()) // each
+    needed, free = (len(files) - done) * each, shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise OSError(f"{path.parent} has {free / 1e9:.1f} GB free, {path.name} needs {needed / 1e9:.1f} GB: "
+                      "choose another folder with --out")
+
+    def decoded():
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for first in range(done, len(files), 500):  # some at a time: decoding may be faster than the disk
+                yield from pool.map(lambda file: read_image(file, size, file), files[first : first + 500])
+
+    with open(part, "ab") as file:
+        if not done:
+            file.truncate(0)
+            file.write(start.getvalue())
+        file.truncate(start.tell() + done * each)
+        for image in progress(decoded(), len(files) - done, f"packing {path.stem}"):
+            file.write(np.ascontiguousarray(image))
+    os.replace(part, path)
+
+
+def map_array(path):
+    """The uint8 array of an .npy file as a tensor on the file itself: what is indexed is read, the rest is not.
+
+    The map is read-only, and writing to the tensor ends the process. (A copy-on-write map, as of `torch.from_file` or
+    `cached_array`, is refused by Linux for files larger than memory.)
+    """
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}): delete it and get it again") from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def encode_pack(path, images, quality=75, **arrays):

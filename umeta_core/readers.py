@@ -5,6 +5,9 @@ attributes and their names. `layout` names one of the layouts of `umeta_core.dat
 """
 
 import csv
+import hashlib
+import os
+import re
 
 import numpy as np
 import torch
@@ -13,6 +16,26 @@ from . import packs
 
 SPLITS = ("train", "val", "test")
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "omniglot": "Omniglot"}
+# The classes of mini-ImageNet by their WordNet ids (Ravi & Larochelle 2017).
+MINI_IMAGENET = {split: ids.split() for split, ids in {
+    "train": """
+        n01532829 n01558993 n01704323 n01749939 n01770081 n01843383 n01910747 n02074367 n02089867 n02091831
+        n02101006 n02105505 n02108089 n02108551 n02108915 n02111277 n02113712 n02120079 n02165456 n02457408
+        n02606052 n02687172 n02747177 n02795169 n02823428 n02966193 n03017168 n03047690 n03062245 n03207743
+        n03220513 n03337140 n03347037 n03400231 n03476684 n03527444 n03676483 n03838899 n03854065 n03888605
+        n03908618 n03924679 n03998194 n04067472 n04243546 n04251144 n04258138 n04275548 n04296562 n04389033
+        n04435653 n04443257 n04509417 n04515003 n04596742 n04604644 n04612504 n06794110 n07584110 n07697537
+        n07747607 n09246464 n13054560 n13133613
+    """,
+    "val": """
+        n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370 n03417042
+        n03535780 n03584254 n03770439 n03773504 n03980874 n09256479
+    """,
+    "test": """
+        n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525
+        n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480
+    """,
+}.items()}
 
 
 def glyphs(split, size):
@@ -135,6 +158,65 @@ def pack_mini_imagenet(folder, layout, split, out):
                       wnids=np.array(classes), class_names=np.array(classes),
                       filenames=np.array([file.name.encode() for file in files]))
     return path
+
+
+def imagenet(folder, split):
+    """The photographs of a split, not in memory but mapped from the pack's file.
+
+    Validation and test are the 16 and 20 classes of mini-ImageNet, training is all others (CACTUs, App. G). The
+    superclass of a class says which split of mini-ImageNet has it: "mini_imagenet train" and so on, or "no mini".
+    """
+    labels, names = packs.read_archive(folder / "imagenet.npz", "labels", "class_names")
+    images, names = packs.map_array(folder / "imagenet.npy"), list(map(str, names))
+    if len(images) != len(labels):
+        raise ValueError(f"{folder} has {len(images)} images in imagenet.npy and {len(labels)} labels in imagenet.npz: "
+                         "pack it again")
+    classes = [i for i, name in enumerate(names) if split in ("all", imagenet_split(name))]
+    if not classes:
+        raise ValueError(f"imagenet {split!r} is empty in {folder}: none of its classes were packed; pack all 1000")
+    # A split is one piece of the file: `imagenet_files` sorts by split first.
+    first, last = np.searchsorted(labels, [classes[0], classes[-1] + 1])
+    home = {name: f"mini_imagenet {mini}" for mini, members in MINI_IMAGENET.items() for name in members}
+    chosen = [names[i] for i in classes]
+    return (images[first:last], torch.from_numpy(labels[first:last].astype(np.int64) - classes[0]), chosen,
+            [home.get(name, "no mini") for name in chosen])
+
+
+def imagenet_split(wnid):
+    """The split that a class of ImageNet belongs to."""
+    return next((split for split in ("val", "test") if wnid in MINI_IMAGENET[split]), "train")
+
+
+def imagenet_files(folder):
+    """(files, their classes) in `folder`/train/<WordNet id>/ or `folder`/<WordNet id>/, by split, class and name."""
+    root = folder / "train" if (folder / "train").is_dir() else folder
+    classes = [name for name in os.listdir(root) if re.fullmatch(r"n\d{8}", name)] if root.is_dir() else []
+    classes.sort(key=lambda wnid: (SPLITS.index(imagenet_split(wnid)), wnid))
+    rows = [(root / wnid / name, wnid) for wnid in classes for name in sorted(os.listdir(root / wnid))
+            if name.lower().endswith((".jpeg", ".jpg", ".png"))]
+    if not rows:
+        raise FileNotFoundError(f"no images in {root}/n01440764/*.JPEG and so on: unpack ILSVRC2012_img_train.tar and "
+                                "the 1000 archives in it, one folder for each class")
+    return [file for file, _ in rows], [wnid for _, wnid in rows]
+
+
+def pack_imagenet(folder, out):
+    """Write all images at 224x224 (193 GB) to imagenet.npy and their labels to imagenet.npz; returns the paths.
+
+    An interrupted call goes on where it stopped; what is packed already is left alone. Images are resized whole, like
+    mini-ImageNet's. (The reference code reads files of this size and does not say how they were made.)
+    """
+    files, labels = imagenet_files(folder)
+    array, archive = out / "imagenet.npy", out / "imagenet.npz"
+    stamp = hashlib.sha256("\n".join(f"{file.parent.name}/{file.name}" for file in files).encode()).hexdigest()[:16]
+    packed = array.exists() and archive.exists() and packs.read_archive(archive, "stamp")[0] == stamp
+    if not packed:
+        packs.append_images(array, files, 224, stamp)
+        classes = list(dict.fromkeys(labels))
+        number = {wnid: i for i, wnid in enumerate(classes)}
+        packs.write_archive(archive, labels=np.array([number[wnid] for wnid in labels], np.int16),
+                            class_names=np.array(classes), stamp=np.array(stamp))
+    return [array, archive]
 
 
 def celeba(folder, layout, split, part):

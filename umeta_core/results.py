@@ -25,7 +25,8 @@ VERDICTS = ("reproduced", "higher", "lower", "reduced budget", "not run", "no pu
 TOLERANCE = 1.5  # percentage points: a difference this small is called reproduced whatever the intervals say
 
 # The papers' dataset names and ours. A name that is missing here is its own.
-DATASETS = {"Omniglot": "omniglot", "miniImageNet": "mini_imagenet", "MNIST": "mnist", "CelebA-attributes": "celeba"}
+DATASETS = {"Omniglot": "omniglot", "miniImageNet": "mini_imagenet", "MNIST": "mnist", "CelebA-attributes": "celeba",
+            "miniImageNet (ImageNet meta-training)": "imagenet"}  # fmt: skip
 
 _NUMBER, _TEXT = (int, float), (str,)
 FIELDS = {
@@ -234,32 +235,30 @@ def compare(paper: str, table=None, dataset: str | None = None, folder=None) -> 
 
     Returns one dict per number with ``paper, paper_ci, ours, ci95, spread, difference, verdict``, the settings of the
     number, and ``seeds, scale, steps, paper_steps, deviation, files`` of the records behind ``ours`` (the mean over
-    seeds). Where several runs measure the same number the largest counts. ``dataset`` keeps one dataset by our name;
-    for one that the paper does not have (glyphs), the same methods are listed without a published value.
+    seeds). Where several runs measure the same number the largest counts. What we ran and the paper lacks follows,
+    without a published value. ``dataset`` keeps one dataset by our name; it may be one that the paper does not have.
 
     Raises ValueError, naming the tables there are, for an unknown table.
     """
     numbers, records = published(paper, folder), read_records(paper, folder)
-    tables = list(dict.fromkeys(number["table"] for number in numbers))
+    tables = list(dict.fromkeys(entry["table"] for entry in [*numbers, *records]))
+    if table is not None and str(table) not in tables:
+        raise ValueError(f"{paper} has no table {table!r}; its tables: {', '.join(tables)}")
+    places = {dataset} if dataset else {DATASETS.get(number["dataset"], number["dataset"]) for number in numbers}
+    numbers = numbers + _unpublished(records, numbers, places)
     if table is not None:
-        if str(table) not in tables:
-            raise ValueError(f"{paper} has no table {table!r}; its tables: {', '.join(tables)}")
         numbers = [number for number in numbers if number["table"] == str(table)]
-    if dataset is not None:
-        ours = [number for number in numbers if DATASETS.get(number["dataset"], number["dataset"]) == dataset]
-        numbers = ours or _unpublished(records, dataset)
+    numbers = [number for number in numbers if DATASETS.get(number["dataset"], number["dataset"]) in places]
     return [_compared(number, records) for number in numbers]
 
 
-def _unpublished(records: list[dict], dataset: str) -> list[dict]:
-    """Stand-ins for the published numbers of a dataset that the paper does not have, from the records alone."""
-    keys = {
-        (record["table"], record["method"], record["embedding"], record["variant"], cell["way"], cell["shot"]): None
-        for record in records if record["dataset"] == dataset for cell in record["cells"]
-    }  # fmt: skip
-    names = ("table", "method", "embedding", "variant", "way", "shot")
-    rest = {"dataset": dataset, "value": None, "ci": None, "metric": "accuracy", "notes": ""}
-    return [dict(zip(names, key, strict=True), **rest) for key in keys]
+def _unpublished(records: list[dict], numbers: list[dict], datasets: set) -> list[dict]:
+    """Stand-ins for published numbers, from the records of what the paper does not print."""
+    names = ("table", "dataset", "method", "embedding", "variant")
+    ours = [r for r in records if r["dataset"] in datasets and not any(matches(number, r) for number in numbers)]
+    keys = dict.fromkeys((*(r[name] for name in names), c["way"], c["shot"]) for r in ours for c in r["cells"])
+    rest = {"value": None, "ci": None, "metric": "accuracy", "notes": ""}
+    return [dict(zip((*names, "way", "shot"), key, strict=True), **rest) for key in keys]
 
 
 def _compared(number: dict, records: list[dict]) -> dict:

@@ -1,0 +1,161 @@
+"""What every embedding promises, BiGAN's losses and updates, and the controls."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from umeta_core.embeddings.base import Embedding
+from umeta_core.embeddings.bigan import BiGAN, ConvBiGAN, bigan_losses, squash
+from umeta_core.embeddings.simple import PCAPixels, RandomNetwork
+from umeta_core.training import NonFiniteLoss
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(n=64, channels=1, size=28, seed=0):
+    return torch.randint(256, (n, channels, size, size), dtype=torch.uint8, generator=seeded(seed))
+
+
+def small(seed=0, **options):
+    return BiGAN(1, 28, 6, hidden=16, generator=seeded(seed), **options)
+
+
+def states_equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_resumed_fit_is_the_uninterrupted_fit(tmp_path, stop):
+    images, whole, halves = pictures(), small(), small()
+    history = whole.fit(images, epochs=3, batch=16, progress=False)
+
+    class Stop(Exception):
+        pass
+
+    steps, step = [0], halves.step
+
+    def interrupted(*args):
+        steps[0] += 1
+        if steps[0] > 4 * stop + 2:  # in the middle of an epoch
+            raise Stop
+        return step(*args)
+
+    halves.step = interrupted
+    with pytest.raises(Stop):
+        halves.fit(images, epochs=3, batch=16, checkpoint=tmp_path / "b.pt", save_every=0, progress=False)
+    resumed = small(seed=5)
+    again = resumed.fit(images, epochs=3, batch=16, checkpoint=tmp_path / "b.pt", progress=False)
+    assert states_equal(whole, resumed)
+    assert again["discriminator"] == history["discriminator"] and again["epoch"] == [1, 2, 3]
+    done = small(seed=6)  # a finished fit is read, not repeated
+    assert done.fit(images, epochs=3, batch=16, checkpoint=tmp_path / "b.pt", progress=False) == again
+    assert states_equal(whole, done)
+
+
+def test_a_checkpoint_of_another_fit_is_refused(tmp_path):
+    path = tmp_path / "b.pt"
+    small().fit(pictures(), epochs=1, batch=16, checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match=r"belongs to another run \(epochs: 1 there, 2 here\)"):
+        small().fit(pictures(), epochs=2, batch=16, checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match="holds another network"):
+        BiGAN(1, 28, 7, hidden=16).restore(path)
+    path.write_bytes(b"torn")
+    with pytest.raises(ValueError, match="not a readable embedding; delete it"):
+        small().restore(path)
+    with pytest.raises(ValueError, match="64 images do not fill one batch of 65"):
+        small().fit(pictures(), epochs=1, batch=65)
+
+
+def test_a_loss_that_is_not_finite_stops_the_fit(tmp_path):
+    model = small()
+    model.step = lambda *args: {"discriminator": torch.tensor(float("nan"))}
+    with pytest.raises(NonFiniteLoss, match="discriminator loss became nan in epoch 1"):
+        model.fit(pictures(), epochs=1, batch=16, checkpoint=tmp_path / "b.pt", progress=False)
+    assert not (tmp_path / "b.pt").exists()
+
+
+@pytest.mark.parametrize("model", [small(), PCAPixels(d=20), RandomNetwork(filters=4, generator=seeded())])
+def test_vectors_do_not_depend_on_their_company(tmp_path, model):
+    images = pictures()
+    model.fit(images, epochs=1, batch=16, progress=False)
+    z = model.embed(images)
+    assert z.shape == (64, model.d) and z.dtype == torch.float32
+    torch.testing.assert_close(z, torch.cat([model.embed(x) for x in images.split(7)]), rtol=1e-4, atol=1e-5)
+    model.save(tmp_path / "m.pt")
+    other = type(model).__new__(type(model))
+    torch.nn.Module.__init__(other)
+    fresh = {"BiGAN": small(9), "PCAPixels": PCAPixels(d=20), "RandomNetwork": RandomNetwork(filters=4)}
+    assert torch.equal(fresh[type(model).__name__].restore(tmp_path / "m.pt").embed(images), z)
+
+
+def test_pca_pixels_are_those_of_scikit_learn():
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    images = pictures(300)
+    model = PCAPixels(d=5)
+    model.fit(images)
+    x = images.flatten(1).double().numpy() / 255
+    theirs = torch.from_numpy(decomposition.PCA(5, whiten=True, svd_solver="full").fit(x).transform(x)).float()
+    torch.testing.assert_close(model.embed(images).abs(), theirs.abs(), rtol=1e-2, atol=1e-2)  # signs are free
+    with pytest.raises(ValueError, match="784 pixels, fewer than d=800"):
+        PCAPixels(d=800)
+    with pytest.raises(ValueError, match="5 images cannot span d=5"):
+        PCAPixels(d=5).fit(images[:5])
+
+
+def test_bigan_moves_each_player_on_its_own_loss():
+    """One step equals plain Adam steps on literal losses, both taken at the weights before the step."""
+    images, model, literal = pictures(16), small(), small()
+    model.opt = model.optimizers()
+    model.train(), literal.train()
+    index, g = torch.arange(16), seeded(3)
+
+    model.step(images, index, g)
+    z = torch.rand(16, 6, generator=seeded(3)).mul(2).sub(1)
+    x = images.float() / 255
+    made, code = literal.generate(z), squash(literal._encoder(x))
+    real, fake = literal.discriminate(x, code), literal.discriminate(made, z)
+    theirs = -(torch.log(torch.sigmoid(real)).mean() + torch.log(1 - torch.sigmoid(fake)).mean()) / 2
+    ours = -(torch.log(1 - torch.sigmoid(real)).mean() + torch.log(torch.sigmoid(fake)).mean()) / 2
+    judge, players = list(literal.dis.parameters()), [*literal.g.parameters(), *literal.e.parameters()]
+    grads = [*torch.autograd.grad(theirs, judge, retain_graph=True), *torch.autograd.grad(ours, players)]
+    for p, grad in zip([*judge, *players], grads, strict=True):
+        p.grad = grad
+    torch.optim.Adam([*judge, *players], 2e-4, (0.5, 0.999), weight_decay=2.5e-5).step()
+    for a, b in zip(model.parameters(), literal.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_bigan_losses_are_the_same_with_exchanged_labels():
+    a, b = torch.randn(2, 9, generator=seeded())
+    assert torch.equal(bigan_losses(a, b)[0], bigan_losses(-a, -b)[1])
+
+
+def test_bigan_learning_rate_falls_in_the_second_half():
+    model = small()
+    model.opt = model.optimizers()
+    rates = []
+    for epoch in range(8):
+        model.start_epoch(pictures(), epoch, 8, seeded())
+        rates.append(model.opt[0].param_groups[0]["lr"] / 2e-4)
+    assert rates[:5] == [1] * 5 and rates[6] == pytest.approx(0.1)
+
+
+def test_convolutional_bigan_trains_on_crops():
+    images = pictures(12, 3, 36)
+    model = ConvBiGAN(3, 36, 5, width=4, crop=32, generator=seeded())
+    history = model.fit(images, epochs=1, batch=4, progress=False)
+    assert len(history["generator"]) == 1 and model.embed(images).shape == (12, 5)
+    assert model.generate(torch.zeros(2, 5)).shape == (2, 3, 32, 32)
+    x = images.float() / 255
+    crops = model._views(x, seeded())
+    patches = F.unfold(x, 32).unflatten(1, (3, 32, 32))  # every place
+    assert all((patches[i] == crops[i].unsqueeze(-1)).flatten(0, 2).all(0).any() for i in range(12))
+    with pytest.raises(ValueError, match="28x28 images are smaller than the 64x64 crops"):
+        ConvBiGAN(1, 28)
+
+
+def test_an_embedding_must_say_how():
+    with pytest.raises(NotImplementedError):
+        Embedding().encode(torch.zeros(1))

@@ -1,0 +1,99 @@
+"""Embeddings, vectors and partitions as files that rows share, and rows that need them."""
+
+import pytest
+import torch
+
+from umeta_core import stages
+from umeta_core.data import load
+from umeta_core.embeddings.base import read, write_atomically
+from umeta_core.experiments import run_row, some_labels, training_tasks
+from umeta_core.results import check_record
+from umeta_core.rows import EMBEDDINGS, ROWS, embedding_plan, find_row
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("stages")
+
+
+def test_every_row_has_a_plan_for_its_embedding():
+    for row in ROWS:
+        if row.needs_embedding:
+            assert embedding_plan(row.embedding, row.dataset) is EMBEDDINGS[row.embedding, row.dataset]
+    with pytest.raises(ValueError, match="no plan for 'InfoGAN' on omniglot; there are: BiGAN"):
+        embedding_plan("InfoGAN", "omniglot")
+
+
+def test_plans_build_embeddings_of_the_published_width():
+    sizes = {"omniglot": (1, 28, 5), "mnist": (1, 28, 5), "mini_imagenet": (3, 84, 5), "celeba": (3, 84, 5)}
+    widths = {"ACAI": 256, "DeepCluster": 256, "InfoGAN": 12, "PCA pixels": 256, "random network": 256}
+    for (name, dataset), plan in EMBEDDINGS.items():
+        if plan.kind == "file":
+            with pytest.raises(FileNotFoundError, match="need the vectors of DeepCluster's VGG-16"):
+                stages.build_embedding(plan, 3, 224)
+            continue
+        channels, size, _ = sizes[dataset]
+        width = stages.build_embedding(plan, channels, size).d
+        assert width == widths.get(name, 50 if dataset == "mnist" else 200)
+
+
+@pytest.mark.slow
+def test_a_row_on_clusters_shares_its_stages(folder, tmp_path):
+    row = find_row("cactus-protonets-bigan", "glyphs")
+    assert [path.name for path in stages.stage_files(row, "smoke", 0, folder)] == [
+        "bigan-glyphs-smoke-partitions-clusters-k50-P2-R16-seed0.pt"
+    ]
+    record = run_row(row, "smoke", folder=tmp_path, stages=folder)
+    check_record(record)
+    assert record["embedding_fit"] == {"options": {"d": 200}, "epochs": 1, "batch": 128, "paper_epochs": 400, "seed": 0}
+    assert record["protocol"]["partitions"] == 100 and record["steps"] == 3
+    (file,) = stages.stage_files(row, "smoke", 0, folder)
+    partitions = read(file)["partitions"]
+    assert partitions.shape == (2, len(load("glyphs", "train"))) and int(partitions.max()) < 50
+    made = file.stat().st_mtime_ns
+    training_tasks(row, "smoke", 0, folder=folder)
+    assert file.stat().st_mtime_ns == made
+
+
+@pytest.mark.slow
+def test_baselines_are_tuned_on_validation_tasks_and_the_tuning_is_recorded(folder, tmp_path):
+    row = find_row("ridge-bigan", "glyphs")
+    record = run_row(row, "smoke", folder=tmp_path, stages=folder)
+    check_record(record)
+    for cell in record["cells"]:
+        tried = cell["tuned"]["validation"]
+        assert tried[str(cell["tuned"]["value"])] == max(tried.values()) and len(tried) == 5
+    matching = run_row(find_row("matching-bigan", "glyphs"), "smoke", folder=tmp_path, stages=folder)
+    assert "tuned" not in matching["cells"][0]
+
+
+def test_vectors_of_other_images_are_refused(tmp_path):
+    row = find_row("knn-bigan", "glyphs")
+    write_atomically({"z": torch.zeros(5, 200)}, stages.vectors_file(row, "val", "smoke", tmp_path))
+    with pytest.raises(ValueError, match="embeds 5 images but glyphs val has 3080; delete it to embed again"):
+        stages.vectors(row, "val", "smoke", folder=tmp_path)
+
+
+def test_a_stage_that_nobody_needs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no row needs"):
+        stages.run_stage([find_row("random-maml")], "smoke", [0], tmp_path / "x.pt")
+
+
+def test_random_and_pixel_tasks_need_no_embedding(tmp_path):
+    row = find_row("random-maml", "glyphs")
+    assert stages.stage_files(row, "smoke", 0, tmp_path) == []
+    partitions = stages.make_partitions(row, "smoke", 0, folder=tmp_path)
+    assert partitions.shape[0] == 2 and partitions.min() == 0 and partitions.max() == 49
+    (file,) = stages.stage_files(find_row("pixels-maml", "glyphs"), "smoke", 0, tmp_path)
+    assert file.name == "pixels-glyphs-smoke-partitions-clusters-k50-P1-R6-seed0.pt"
+
+
+def test_a_share_of_the_labels():
+    images = load("glyphs", "val")
+    some = some_labels(images, 0.1, 0)
+    classes = some[some >= 0].unique()
+    assert len(classes) == round(0.1 * images.n_classes)
+    assert torch.equal(some[some >= 0], images.labels[some >= 0])
+    assert not torch.equal(some, some_labels(images, 0.1, 1))
+    row = find_row("few-labels-protonets-10", "glyphs")
+    assert int(training_tasks(row, "smoke", 0).usable(16)[1]) == round(0.1 * load("glyphs", "train").n_classes)

@@ -1,0 +1,1 @@
+"""Embeddings learned without labels, one file each, with one interface (`base.Embedding`)."""

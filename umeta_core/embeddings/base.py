@@ -1,0 +1,199 @@
+"""What every embedding can do: fit, embed, save, restore. And the one loop that fits those that are trained."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..training import NonFiniteLoss, versions
+
+
+class Embedding(nn.Module):
+    """A map from images to vectors of `d` numbers that is learned without labels.
+
+    A trained embedding defines ``encode``, ``optimizers`` and ``step``; one with a closed form overrides `fit`.
+    """
+
+    d: int
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Vectors ``[n, d]`` of images ``[n, C, H, W]`` in [0, 1], each image on its own (averaged statistics)."""
+        raise NotImplementedError
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """New optimizers of the parameters; `fit` keeps them in ``self.opt``."""
+        raise NotImplementedError
+
+    def step(self, images: Tensor, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """One update on ``images[index]`` (uint8 ``[n, C, H, W]``, int64 ``[batch]``); returns the losses."""
+        raise NotImplementedError
+
+    def start_epoch(self, images: Tensor, epoch: int, epochs: int, generator: torch.Generator) -> Tensor:
+        """The images of this epoch in the order of their use, int64 ``[m]``: here all of them, shuffled."""
+        return torch.randperm(len(images), generator=generator, device=images.device)
+
+    def fit(
+        self, images: Tensor, *, epochs: int, batch: int = 128, seed: int = 0, checkpoint: str | Path | None = None,
+        save_every: float = 120, progress: bool = True,
+    ) -> dict:
+        """Train on uint8 images ``[n, C, H, W]``; the last incomplete batch of an epoch is left out.
+
+        Args:
+            checkpoint: file to resume from if it exists and to write every `save_every` seconds and at the end. A
+                resumed run continues bit-identically on the CPU.
+
+        Returns:
+            ``{"epoch": [...], <loss name>: [...], "seconds": float}``, the losses averaged over each epoch.
+
+        Raises:
+            NonFiniteLoss: a loss is not finite; nothing is written from then on.
+            ValueError: fewer images than one batch, or a checkpoint of another run.
+        """
+        if len(images) < batch:
+            raise ValueError(f"{len(images)} images do not fill one batch of {batch}; use a smaller batch")
+        fitting = _Fitting(self, images, epochs, batch, seed, checkpoint)
+        saved = time.monotonic()
+        self.train()
+        while fitting.epoch < epochs:
+            fitting.one_step()
+            if checkpoint and (time.monotonic() - saved > save_every or fitting.epoch == epochs):
+                fitting.save()
+                saved = time.monotonic()
+            if progress:
+                fitting.report()
+        self.eval()
+        return fitting.history
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, chunk: int = 1000) -> Tensor:
+        """Vectors ``[n, d]``, float32, of uint8 images ``[n, C, H, W]``, on the images' device."""
+        was = self.training
+        self.eval()
+        z = torch.cat([self.encode(x.float().div_(255)).float() for x in images.split(chunk)])
+        self.train(was)
+        return z
+
+    def save(self, path: str | Path) -> None:
+        """Write the state dict, whole or not at all."""
+        write_atomically(self.state_dict(), path)
+
+    def restore(self, path: str | Path) -> Embedding:
+        """Read what `save` or a checkpoint of `fit` wrote. ValueError: another network, or a damaged file."""
+        state = read(path)
+        try:
+            self.load_state_dict(state.get("model", state))
+        except RuntimeError as error:
+            raise ValueError(f"{path} holds another network: {str(error).splitlines()[-1].strip()}") from None
+        return self.eval()
+
+
+class _Fitting:
+    """The state of a fit: everything that a checkpoint holds."""
+
+    def __init__(self, model: Embedding, images: Tensor, epochs: int, batch: int, seed: int, checkpoint):
+        self.model, self.images, self.epochs, self.batch = model, images, epochs, batch
+        self.checkpoint = Path(checkpoint) if checkpoint else None
+        self.config = {"model": type(model).__name__, "images": len(images), "epochs": epochs, "batch": batch,
+                       "seed": seed}  # fmt: skip
+        self.generator = torch.Generator(device=images.device).manual_seed(seed)
+        model.opt = model.optimizers()
+        self.epoch, self.at, self.order, self.sums = 0, 0, None, {}
+        self.history = {"epoch": [], "seconds": 0.0}
+        if self.checkpoint and self.checkpoint.exists():
+            self.load()
+        self.started, self.first, self.shown = time.monotonic(), self.done, time.monotonic()
+
+    @property
+    def done(self) -> float:
+        """Epochs, with the share of the one under way."""
+        return self.epoch + (0 if self.order is None else self.at / len(self.order))
+
+    def one_step(self) -> None:
+        started = time.perf_counter()
+        if self.order is None:
+            self.order, self.at, self.sums = self.model.start_epoch(self.images, self.epoch, self.epochs,
+                                                                    self.generator), 0, {}  # fmt: skip
+        losses = self.model.step(self.images, self.order[self.at : self.at + self.batch], self.generator)
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.at += self.batch
+        if self.at + self.batch > len(self.order):
+            self._end_epoch()
+        self.history["seconds"] += time.perf_counter() - started
+
+    def _end_epoch(self) -> None:
+        steps = len(self.order) // self.batch
+        self._check()
+        for name, value in self.sums.items():
+            self.history.setdefault(name, []).append(value.item() / steps)
+        self.epoch, self.order = self.epoch + 1, None
+        self.history["epoch"].append(self.epoch)
+
+    def _check(self) -> None:
+        for name, value in self.sums.items():
+            if not torch.isfinite(value):
+                kept = f"; the last checkpoint, {self.checkpoint}, is from before" if self.checkpoint else ""
+                raise NonFiniteLoss(f"the {name} loss became {value.item()} in epoch {self.epoch + 1}{kept}. "
+                                    "Lower the learning rate.")  # fmt: skip
+
+    def save(self) -> None:
+        if self.order is not None:
+            self._check()
+        state = {
+            "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.model.opt],
+            "generator": self.generator.get_state(), "epoch": self.epoch, "at": self.at, "order": self.order,
+            "sums": self.sums, "history": self.history, "config": self.config, "versions": versions(),
+        }  # fmt: skip
+        write_atomically(state, self.checkpoint)
+
+    def load(self) -> None:
+        state = read(self.checkpoint)
+        old = state.get("config", {})
+        differ = [f"{k}: {old.get(k)!r} there, {v!r} here" for k, v in self.config.items() if old.get(k) != v]
+        if differ:
+            raise ValueError(f"{self.checkpoint} belongs to another run ({'; '.join(differ)}); "
+                             "choose another file or the same settings")  # fmt: skip
+        self.model.restore(self.checkpoint).train()
+        for optimizer, saved in zip(self.model.opt, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        self.generator.set_state(state["generator"].cpu())
+        self.epoch, self.at, self.sums, self.history = (state[k] for k in ("epoch", "at", "sums", "history"))
+        device = self.images.device
+        self.order = None if state["order"] is None else state["order"].to(device)
+        self.sums = {name: value.to(device) for name, value in self.sums.items()}
+
+    def report(self) -> None:
+        """A line every half minute and at the end."""
+        now = time.monotonic()
+        if now - self.shown < 30 and self.epoch < self.epochs:
+            return
+        self.shown = now
+        left = (self.epochs - self.done) * (now - self.started) / max(self.done - self.first, 1e-9)
+        losses = "  ".join(f"{k} {v[-1]:.4f}" for k, v in self.history.items() if k not in ("epoch", "seconds"))
+        print(f"epoch {self.done:.1f}/{self.epochs}  {losses}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+
+def write_atomically(state: dict, path: str | Path) -> None:
+    """``torch.save`` that leaves the old file in place until the new one is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def read(path: str | Path) -> dict:
+    """What `write_atomically` wrote, tensors on the CPU. ValueError: the file is damaged or something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        assert isinstance(state, dict)
+    except FileNotFoundError:
+        raise
+    except Exception:
+        raise ValueError(f"{path} is not a readable embedding; delete it to start afresh") from None
+    return state

@@ -1,0 +1,70 @@
+"""Two controls that cost nothing: whitened principal components of the pixels, and a network that nobody trained.
+
+Neither is in CACTUs. What an embedding does not do better than these it has not learned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..networks import Conv4
+from .base import Embedding
+
+
+class PCAPixels(Embedding):
+    """Pixels projected on their first `d` principal components, each scaled to variance 1. (eq-pca-whitening)"""
+
+    def __init__(self, channels=1, size=28, d=256, generator=None):
+        super().__init__()
+        pixels = channels * size * size
+        if d > pixels:
+            raise ValueError(f"{channels}x{size}x{size} images have {pixels} pixels, fewer than d={d}; use a smaller d")
+        self.d = d
+        self.register_buffer("mean", torch.zeros(pixels))
+        self.register_buffer("projection", torch.zeros(pixels, d))
+
+    def fit(self, images: Tensor, *, epochs=1, seed=0, checkpoint=None, progress=True, **ignored) -> dict:
+        """Closed form, on at most 50,000 of the uint8 images ``[n, C, H, W]``; `epochs` plays no role."""
+        generator = torch.Generator(device=images.device).manual_seed(seed)
+        some = torch.randperm(len(images), generator=generator, device=images.device)[:50_000]
+        if len(some) <= self.d:
+            raise ValueError(f"{len(some)} images cannot span d={self.d} components; use a smaller d")
+        x = images[some].flatten(1).float().div_(255)
+        self.mean = x.mean(0)
+        x = x - self.mean
+        values, vectors = torch.linalg.eigh(x.T @ x / (len(x) - 1))  # ascending
+        values, vectors = values.flip(0)[: self.d].clamp_min(1e-8), vectors.flip(1)[:, : self.d]
+        self.projection = vectors / values.sqrt()
+        if checkpoint:
+            self.save(checkpoint)
+        return {"epoch": [], "seconds": 0.0}
+
+    def encode(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) - self.mean) @ self.projection
+
+
+class RandomNetwork(Embedding):
+    """`Conv4` with its initial weights and convolutions of stride 2: d = 256 for 28x28 images and 64 filters.
+
+    Batch norm takes its statistics from the images of `fit` (one pass), so that `encode` sees each image alone.
+    """
+
+    def __init__(self, channels=1, size=28, filters=64, generator: torch.Generator | None = None):
+        super().__init__()
+        self.network = Conv4(channels, size, filters=filters, downsample="stride", generator=generator)
+        self.d = self.network.features
+
+    def fit(self, images: Tensor, *, epochs=1, batch=1000, seed=0, checkpoint=None, progress=True, **ignored) -> dict:
+        """Ten batches for the statistics of batch norm; no weight moves."""
+        generator = torch.Generator(device=images.device).manual_seed(seed)
+        with torch.no_grad():
+            for _ in range(10):
+                index = torch.randint(len(images), (batch,), generator=generator, device=images.device)
+                self.network.embed(images[index].float().div_(255), update=True)
+        if checkpoint:
+            self.save(checkpoint)
+        return {"epoch": [], "seconds": 0.0}
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.network.embed(x, stats="running")

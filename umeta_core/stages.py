@@ -1,0 +1,179 @@
+"""The stages before meta-training as files that rows share: a fitted embedding, its vectors, the partitions.
+
+``<folder>/<embedding>-<dataset>-<scale>.pt`` is an embedding, ``...-vectors-<split>.pt`` are its vectors, and
+``...-partitions-clusters-k500-P100-R6-seed0.pt`` is a stack of partitions. A file that exists is used; delete it to
+make it anew.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import partitions as parts
+from .data import ImageSet, load
+from .embeddings.base import Embedding, read, write_atomically
+from .embeddings.deepcluster import apply_whitening, pca_whitening
+from .packs import cache_folder
+from .rows import EmbeddingPlan, Row, embedding_plan
+
+
+def stages_folder(folder=None) -> Path:
+    """The argument, ``$UMETA_STAGES``, or a folder in the user's cache."""
+    return Path(folder or os.environ.get("UMETA_STAGES") or cache_folder() / "stages")
+
+
+def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0) -> Embedding:
+    """The plan's embedding with initial weights from `seed`, for square images."""
+    generator = torch.Generator().manual_seed(seed)
+    if plan.kind == "acai":
+        from .embeddings.acai import ACAI as kind
+    elif plan.kind == "bigan":
+        from .embeddings.bigan import BiGAN as kind
+    elif plan.kind == "conv-bigan":
+        from .embeddings.bigan import ConvBiGAN as kind
+    elif plan.kind == "infogan":
+        from .embeddings.infogan import InfoGAN as kind
+    elif plan.kind == "deepcluster":
+        from .embeddings.deepcluster import DeepCluster as kind
+    elif plan.kind == "pca":
+        from .embeddings.simple import PCAPixels as kind
+    elif plan.kind == "random":
+        from .embeddings.simple import RandomNetwork as kind
+    else:  # ImageNet's VGG-16: too large to be trained here
+        raise FileNotFoundError(plan.options["missing"])
+    return kind(channels, size, generator=generator, **plan.options)
+
+
+def stem(row: Row, scale: str, folder=None) -> Path:
+    """What the files of the row's embedding have in common."""
+    name = row.embedding.lower().replace(" ", "-")
+    return stages_folder(folder) / f"{name}-{row.dataset.replace('_', '-')}-{scale}"
+
+
+def vectors_file(row: Row, split: str, scale: str, folder=None) -> Path:
+    return Path(f"{stem(row, scale, folder)}-vectors-{split}.pt")
+
+
+def partitions_file(row: Row, scale: str, seed: int, folder=None) -> Path:
+    margin = "" if row.margin is None else f"-m{row.margin:g}"
+    settings = f"{row.source.replace('mixed', 'clusters')}-k{clusters(row, scale)}-P{row.stack(scale)}-R{row.least()}"
+    return Path(f"{stem(row, scale, folder)}-partitions-{settings}{margin}-seed{seed}.pt")
+
+
+def clusters(row: Row, scale: str) -> int:
+    """k, at smoke at most 50."""
+    return min(row.clusters, 50) if scale == "smoke" else row.clusters
+
+
+def stage_files(row: Row, scale: str, seed: int, folder=None) -> list[Path]:
+    """The files that must be there before the row can run without fitting or clustering anything itself."""
+    files = []
+    if row.needs_embedding and row.inputs == "embeddings":
+        files += [vectors_file(row, split, scale, folder) for split in ("train", "val", "test")]
+    if row.embedding and row.source in ("clusters", "hyperplanes", "mixed"):
+        files.append(partitions_file(row, scale, seed, folder))
+    return files
+
+
+def run_stage(rows: list[Row], scale: str, seeds: list[int], path, device="cpu", threads=1) -> None:
+    """Make the stage file `path` for the first of the rows that needs it. ValueError: none does."""
+    path = Path(path)
+    torch.set_num_threads(threads)
+    for row in rows:
+        for split in ("train", "val", "test") if row.needs_embedding else ():
+            if path == vectors_file(row, split, scale, path.parent):
+                vectors(row, split, scale, device, path.parent)
+                return
+        for seed in seeds:
+            if path == partitions_file(row, scale, seed, path.parent):
+                make_partitions(row, scale, seed, device, path.parent)
+                return
+    raise ValueError(f"no row needs {path}")
+
+
+def images_of(row: Row, split: str, device="cpu") -> ImageSet:
+    """A split of the row's dataset under the row's protocol."""
+    return load(row.dataset, split, protocol=row.split_protocol, device=device)
+
+
+def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True) -> Embedding:
+    """The row's embedding: fitted now, finished from an interrupted fit, or read if it was fitted before.
+
+    All rows and all seeds share one embedding, as in the paper. At smoke it sees about 2000 images.
+    """
+    plan, path = embedding_plan(row.embedding, row.dataset), Path(f"{stem(row, scale, folder)}.pt")
+    images = images_of(row, "train", device).images
+    model = build_embedding(plan, *images.shape[1:3]).to(device)
+    if scale == "smoke":
+        images = images[:: max(1, len(images) // 2000)]
+    model.fit(images, epochs=plan.epochs[scale], batch=plan.batch, checkpoint=path, progress=progress)
+    return model
+
+
+def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tensor:
+    """The embedding ``[n, d]`` of a split, from its file if that exists.
+
+    Raises ValueError if the file is of other images.
+    """
+    path, images = vectors_file(row, split, scale, folder), images_of(row, split, device).images
+    if path.exists():
+        z = read(path)["z"].to(device)
+        if len(z) != len(images):
+            raise ValueError(f"{path} embeds {len(z)} images but {row.dataset} {split} has {len(images)}; "
+                             "delete it to embed again")  # fmt: skip
+        return z
+    model = fit_embedding(row, scale, device, folder)
+    z = model.embed(images)
+    if embedding_plan(row.embedding, row.dataset).whiten:
+        basis = z if split == "train" else model.embed(images_of(row, "train", device).images)
+        z = apply_whitening(z, *pca_whitening(basis, model.d))
+    write_atomically({"z": z.cpu()}, path)
+    return z
+
+
+def make_partitions(row: Row, scale: str, seed: int, device="cpu", folder=None) -> Tensor:
+    """The row's partitions ``[P, n]`` of the training images, -1 = left out, from their file if it exists."""
+    k, many, least = clusters(row, scale), row.stack(scale), row.least()
+    path = partitions_file(row, scale, seed, folder)
+    if path.exists():
+        return read(path)["partitions"].to(device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    if row.source == "random":
+        return parts.random_partitions(len(images_of(row, "train", device)), k, many, generator)
+    size = dict(least=least, way=row.way)
+    if row.source == "hyperplanes":
+        z = vectors(row, "train", scale, device, folder)
+        made = parts.hyperplane_partitions(z, partitions=many, generator=generator, margin=row.margin,
+                                           spread=spread(row), **size)  # fmt: skip
+    elif row.embedding == "pixels":
+        z = parts.zca(images_of(row, "train", device).images)
+        made = parts.cluster_partitions(z, k, many, generator, enough=0.0, restarts=1, **size)
+    else:
+        z = vectors(row, "train", scale, device, folder)
+        rule = dict(enough=0.8, sizable=least, restarts=3 if many > 1 else None) if row.learner == "protonets" else {}
+        rule = dict(enough=0.0) if scale == "smoke" else rule
+        made = parts.cluster_partitions(z, k, many, generator, **rule, **size)
+    write_atomically({"partitions": made.cpu()}, path)
+    return made
+
+
+def spread(row: Row) -> float:
+    """Points on the hyperplanes are U(-0.8, 0.8), and the origin for DeepCluster (reference code)."""
+    return 0.0 if row.embedding == "DeepCluster" else 0.8
+
+
+def centroids(row: Row, scale: str, device="cpu", folder=None) -> Tensor:
+    """The centroids ``[k, d]`` of the training vectors for cluster matching: the best of ten k-means, seed 0."""
+    k = clusters(row, scale)
+    path = Path(f"{stem(row, scale, folder)}-centroids-k{k}.pt")
+    if path.exists():
+        return read(path)["centroids"].to(device)
+    z = vectors(row, "train", scale, device, folder)
+    restarts = 10 if scale == "full" else 1
+    made = parts.kmeans(z, k, torch.Generator(device=device).manual_seed(0), restarts=restarts).centroids
+    write_atomically({"centroids": made.cpu()}, path)
+    return made
