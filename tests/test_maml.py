@@ -193,6 +193,38 @@ def test_mlp_learner_uses_the_reference_path():
     torch.testing.assert_close(maml.predict(tasks), maml.network.forward_tasks(params, xq).detach())
 
 
+def test_mlp_on_embeddings_normalizes_each_task_on_its_own():
+    """Hidden layers as in CACTUs' code: batch norm without a scale; shifts are meta-learned and not adapted."""
+    net = MLP([6, 5, 4, 3], torch.Generator().manual_seed(0), norm="shift", std=0.01)
+    assert max(w.abs().max() for w in net.weights) <= 0.02
+    for b in net.biases:
+        torch.nn.init.normal_(b)
+    x = torch.rand(2, 7, 6)
+    params = [p.expand(2, *p.shape) for p in net.tensors()]
+    for t in range(2):
+        h = x[t]
+        for w, b in list(zip(net.weights, net.biases))[:2]:
+            h = F.relu(F.batch_norm(h @ w.T, None, None, None, b, training=True, eps=1e-3))
+        torch.testing.assert_close(net.forward_tasks(params, x)[t], h @ net.weights[2].T + net.biases[2])
+    maml = MAML(net, 0.5, inner_steps=2)
+    assert maml.adapted == [True, False, True, False, True, True]
+    tasks = Episodes(torch.rand(2, 3, 2, 6), torch.rand(2, 3, 2, 6))
+    losses, _ = maml.loss(tasks)
+    shift = net.biases[0]
+    (gradient,) = torch.autograd.grad(losses.sum(), shift)
+    numeric = torch.zeros_like(shift)
+    with torch.no_grad():
+        for i in range(len(shift)):
+            ends = []
+            for step in (1e-5, -1e-5):
+                shift[i] += step
+                with torch.enable_grad():
+                    ends.append(maml.loss(tasks)[0].sum().item())
+                shift[i] -= step
+            numeric[i] = (ends[0] - ends[1]) / 2e-5
+    torch.testing.assert_close(gradient, numeric, rtol=1e-5, atol=1e-8)
+
+
 def test_no_scale_trap():
     """`F.batch_norm` without a scale cannot be differentiated twice with respect to its shift; ours can.
 

@@ -15,31 +15,34 @@ from .evaluation import evaluate
 from .maml import cross_entropy
 from .protonets import prototypes, squared_distances
 
+GROUP = 250_000  # numbers in the n x n matrices of the tasks solved together on a CPU: measured, they stay in the cache
+
 
 def _embeddings(episodes: Episodes) -> tuple[Tensor, Tensor, Tensor]:
     """Support ``[T, N*K, d]``, its labels ``[T, N*K]`` and queries ``[T, N*Q, d]``, checked to be finite."""
     xs, ys, xq, _ = episodes.flat()
     xs, xq = xs.flatten(2), xq.flatten(2)
-    if not (xs.sum() + xq.sum()).isfinite():  # one pass over the numbers; the count only when something is wrong
+    if not (xs.sum() + xq.sum()).isfinite():  # one pass over the numbers; they are counted only if something is wrong
         bad = [int((~x.isfinite()).any(2).sum()) for x in (xs, xq)]
-        raise ValueError(
-            f"{bad[0]} of {xs[..., 0].numel()} support and {bad[1]} of {xq[..., 0].numel()} query embeddings hold NaN "
-            "or infinite values"
-        )
+        if any(bad):
+            raise ValueError(
+                f"{bad[0]} of {xs[..., 0].numel()} support and {bad[1]} of {xq[..., 0].numel()} query embeddings hold "
+                "NaN or infinite values"
+            )
     return xs, ys, xq
 
 
-def _centred(xs: Tensor, xq: Tensor) -> tuple[Tensor, Tensor]:
-    """Both minus the mean of the task's support set: no classifier here changes, rounding errors shrink."""
+def _centered(xs: Tensor, xq: Tensor) -> tuple[Tensor, Tensor]:
+    """Both minus the task's mean support embedding: distances stay the same, their rounding errors shrink."""
     mean = xs.mean(1, keepdim=True)
     return xs - mean, xq - mean
 
 
-def _smoother(xs: Tensor, strength: float) -> Tensor:
-    """``(K + strength I)^-1`` ``[T, n, n]`` for the Gram matrix K of centred points ``[T, n, d]``, made in float64."""
-    xs = xs.double()
-    ridge = strength * torch.eye(xs.shape[1], dtype=xs.dtype, device=xs.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(xs @ xs.mT + ridge))
+def _inverse(xs: Tensor, strength: float) -> Tensor:
+    """``(K + strength I)^-1`` ``[T, n, n]``, K the Gram matrix of the points ``[T, n, d]``; always in float64."""
+    k = xs.double() @ xs.double().mT
+    k.diagonal(dim1=1, dim2=2).add_(strength)
+    return torch.cholesky_inverse(torch.linalg.cholesky(k))
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class NearestNeighbors:
                 f"{self.neighbors} neighbors of {xs.shape[1]} support embeddings ({episodes.way}-way "
                 f"{episodes.shot}-shot); take at most {xs.shape[1]}"
             )
-        xs, xq = _centred(xs, xq)
+        xs, xq = _centered(xs, xq)
         nearest = squared_distances(xq, xs).topk(self.neighbors, dim=2, largest=False).indices
         return F.one_hot(nearest // episodes.shot, episodes.way).sum(2).to(xs.dtype)
 
@@ -84,7 +87,8 @@ class NearestMean:
     @torch.no_grad()
     def predict(self, episodes: Episodes) -> Tensor:
         """Negative squared distances ``[T, N*Q, N]`` to the class means."""
-        xs, xq = _centred(*_embeddings(episodes)[::2])
+        xs, _, xq = _embeddings(episodes)
+        xs, xq = _centered(xs, xq)
         return -squared_distances(xq, prototypes(xs.unflatten(1, (episodes.way, episodes.shot))))
 
 
@@ -92,45 +96,53 @@ class NearestMean:
 class Ridge:
     """Least squares on one-hot labels with weight decay `strength` and a free intercept. (eq-ridge)
 
-    With centred support embeddings X, Gram matrix ``K = X X'`` and one-hot labels Y: ``a = (K + strength I)^-1
-    (Y - mean Y)``, scores of x: ``(X x)' a + mean Y``; an n x n system for n = N*K images instead of d x d.
-    Not among the paper's baselines. Same decisions as scikit-learn's RidgeClassifier(alpha=strength).
+    With centered support embeddings X, Gram matrix ``K = X X'`` and one-hot labels Y, whose mean is 1/N: ``W = X' a``,
+    ``a = (K + strength I)^-1 (Y - 1/N)``, scores ``x W + 1/N``. The system is n x n, n = N*K images, instead of d x d.
+    Not among the paper's baselines. Decides as scikit-learn's RidgeClassifier(alpha=strength).
+
+    Raises:
+        ValueError: `strength` is not positive.
     """
 
     strength: float = 1.0
 
     def __post_init__(self):
-        if self.strength <= 0:
-            raise ValueError(f"strength={self.strength}: ridge regression needs a positive weight decay")
+        if not self.strength > 0:
+            raise ValueError(f"strength={self.strength}: the weight decay of ridge regression must be positive")
 
     @torch.no_grad()
     def predict(self, episodes: Episodes) -> Tensor:
         """Regressed one-hot labels ``[T, N*Q, N]``."""
         xs, ys, xq = _embeddings(episodes)
-        xs, xq = _centred(xs, xq)
-        y = F.one_hot(ys, episodes.way).to(xs.dtype)
-        a = (_smoother(xs, self.strength) @ (y - 1 / episodes.way).double()).to(xs.dtype)
-        return xq @ (xs.mT @ a) + 1 / episodes.way
+        mean = xs.mean(1, keepdim=True)
+        xs = xs - mean
+        y = F.one_hot(ys, episodes.way).double() - 1 / episodes.way
+        w = xs.mT @ (_inverse(xs, self.strength) @ y).to(xs.dtype)
+        return xq @ w - mean @ w + 1 / episodes.way
 
 
 @dataclass(frozen=True)
 class LinearClassifier:
     """Multinomial logistic regression with weight decay and a free intercept (CACTUs, 4.1: `c` is tuned).
 
-    The minimum of ``c * sum of cross-entropies + |W|^2 / 2``, which is what scikit-learn's LogisticRegression(C=c)
-    finds for three and more classes. For two it fits one weight vector instead of two, which is this with half the
-    c; the reference code asks for the multinomial form there too, as here.
+    The minimum of ``c * sum of cross-entropies + |W|^2 / 2``, as scikit-learn's LogisticRegression(C=c) from three
+    classes on. For two classes that fits one weight vector in place of two: the same decisions at C = 2c. The reference
+    code asks for the multinomial form there too, as here.
 
-    All tasks at once (eq-boehning): the weights are ``W = X' a`` for centred support embeddings X, so logits are ``f =
-    K a + b`` with the n x n Gram matrix K. The curvature of cross-entropy in f is at most 1/2 (Boehning, 1992), so with
-    ``z = f - 2 (softmax(f) - Y)`` the loss lies below ``c/4 |K a + b - z|^2 + |W|^2 / 2`` and touches it at f. That is
-    ridge regression on z: ``b = mean z``, ``a = (K + 2/c I)^-1 (z - b)``, one matrix per task for all steps, and ``f
-    <- S z`` is one small matrix product. Nesterov's momentum with restarts does the rest.
+    All tasks at once (eq-boehning): with centered support embeddings X the weights are ``W = X' a``, so the support
+    logits are ``f = K a + b`` with the n x n Gram matrix K. Cross-entropy curves by at most 1/2 in f (Boehning, 1992):
+    with ``z = f - 2 (softmax(f) - Y)`` the objective at a, b lies under ``c/4 |K a + b - z|^2 + a'K a / 2`` up to a
+    constant, and touches it at f. The lower one is ridge regression on z: ``b = mean z``,
+    ``a = (K + 2/c I)^-1 (z - b)``. Its matrix never changes, so a step is one product ``f <- S z`` for all tasks;
+    Nesterov's momentum, restarted where it overshoots, makes the steps few.
 
     Args:
         c: inverse strength of the weight decay.
-        tolerance: stop when no logit of a support image moves by more than this in a step.
-        steps: give up after so many, with a warning.
+        tolerance: a task batch is done when no support logit moves by more in a step.
+        steps: a warning says so if that takes more steps than these.
+
+    Raises:
+        ValueError: `c` is not positive.
     """
 
     c: float = 1.0
@@ -138,36 +150,188 @@ class LinearClassifier:
     steps: int = 10_000
 
     def __post_init__(self):
-        if self.c <= 0:
+        if not self.c > 0:
             raise ValueError(f"c={self.c}: the inverse strength of the weight decay must be positive")
 
     @torch.no_grad()
     def predict(self, episodes: Episodes) -> Tensor:
         """Query logits ``[T, N*Q, N]``."""
         xs, ys, xq = _embeddings(episodes)
-        xs, xq = _centred(xs, xq)
-        inverse = _smoother(xs, 2 / self.c)
-        smooth = 1 / xs.shape[1] - 2 / self.c * inverse
-        smooth.diagonal(dim1=1, dim2=2).add_(1)  # K (K + 2/c I)^-1 = I - 2/c (K + 2/c I)^-1, and the mean
-        z = self._targets(smooth.to(xs.dtype), F.one_hot(ys, episodes.way).to(xs.dtype)).double()
+        y = F.one_hot(ys, episodes.way).to(xs.dtype)
+        size = len(xs) if xs.is_cuda else max(1, GROUP // xs.shape[1] ** 2)
+        return torch.cat([self._logits(*group) for group in zip(xs.split(size), y.split(size), xq.split(size))])
+
+    def _logits(self, xs: Tensor, y: Tensor, xq: Tensor) -> Tensor:
+        mean = xs.mean(1, keepdim=True)
+        xs = xs - mean
+        inverse = _inverse(xs, 2 / self.c)
+        smooth = 1 / xs.shape[1] - 2 / self.c * inverse  # S = K (K + 2/c I)^-1 + 1/n = I - 2/c (K + 2/c I)^-1 + 1/n
+        smooth.diagonal(dim1=1, dim2=2).add_(1)
+        z = self._targets(smooth.to(y.dtype), y).double()
         b = z.mean(1, keepdim=True)
-        a = (inverse @ (z - b)).to(xs.dtype)
-        return xq @ (xs.mT @ a) + b.to(xs.dtype)
+        w = xs.mT @ (inverse @ (z - b)).to(xs.dtype)
+        return xq @ w + (b.to(xs.dtype) - mean @ w)
 
     def _targets(self, smooth: Tensor, y: Tensor) -> Tensor:
-        """The z at which ``f = S z`` is the optimum ``[T, n, N]``."""
+        """The z of the optimum ``f = S z`` ``[T, n, N]``, from S ``[T, n, n]`` and one-hot labels ``[T, n, N]``."""
         f = look = torch.zeros_like(y)
         t = torch.ones_like(y[:, :1, :1])
         for step in range(1, self.steps + 1):
             z = look - 2 * (look.softmax(2) - y)
             new = smooth @ z
             move = new - f
-            if step % 10 == 0 and (largest := move.abs().max()) < self.tolerance:
+            if step % 10 == 0 and move.abs().max() <= self.tolerance:
                 return z
-            back = ((look - new) * move).sum((1, 2), keepdim=True) > 0  # momentum overshoots: restart it
-            t = torch.where(back, 1.0, t)
+            overshot = ((look - new) * move).sum((1, 2), keepdim=True) > 0
+            t = torch.where(overshot, 1.0, t)
             t_next = (1 + (1 + 4 * t * t).sqrt()) / 2
             look = new + (t - 1) / t_next * move
             f, t = new, t_next
-        warnings.warn(f"c={self.c}: logits still move by {largest:.1e} after {self.steps} steps", stacklevel=3)
+        warnings.warn(f"c={self.c}: logits still move by {move.abs().max():.1e} after {self.steps} steps", stacklevel=4)
         return z
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MLPClassifier:
+    """One hidden layer of rectified units with dropout, trained from scratch on every task (CACTUs, 4.1).
+
+    Full-batch Adam, Glorot-uniform weights, zero biases: Keras' defaults (reference code, not in the paper). The tasks
+    train side by side: every weight has a leading task axis, and Adam never mixes weights.
+
+    Args:
+        generator: initial weights and dropout, on the device of the episodes. Its state moves on, so that no two tasks
+            share them: build the learner anew to repeat a result.
+        hidden: units.
+        dropout: share of hidden units left out in a training step; tuned in the paper.
+        epochs: training steps; with `stop_on_query` at most so many (500 in the reference code).
+        stop_on_query: end a task's training when the loss **of its query labels** has not improved for two epochs, and
+            answer with the weights of that moment. It leaks the answers and is here because the published numbers were
+            made so (reference code, not in the paper).
+
+    Raises:
+        ValueError: `dropout` outside [0, 1), or less than one unit or epoch.
+    """
+
+    generator: torch.Generator
+    hidden: int = 128
+    dropout: float = 0.5
+    epochs: int = 500
+    learning_rate: float = 1e-3
+    stop_on_query: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
+        if self.hidden < 1 or self.epochs < 1:
+            raise ValueError(f"hidden={self.hidden}, epochs={self.epochs}: both must be at least 1")
+
+    def initial(self, tasks: int, d: int, way: int, like: Tensor) -> list[Tensor]:
+        """``[T, d, hidden]``, ``[T, 1, hidden]``, ``[T, hidden, N]``, ``[T, 1, N]``; type and device of `like`."""
+        weights = []
+        for rows, columns in ((d, self.hidden), (self.hidden, way)):
+            w = like.new_empty(tasks, rows, columns)
+            bound = (6 / (rows + columns)) ** 0.5
+            weights += [w.uniform_(-bound, bound, generator=self.generator), like.new_zeros(tasks, 1, columns)]
+        return [w.requires_grad_() for w in weights]
+
+    @torch.no_grad()
+    def predict(self, episodes: Episodes) -> Tensor:
+        """Query logits ``[T, N*Q, N]``."""
+        xs, ys, xq = _embeddings(episodes)
+        weights = self.initial(len(xs), xs.shape[2], episodes.way, xs)
+        adam = torch.optim.Adam(weights, self.learning_rate, eps=1e-7, fused=True)  # Keras' eps
+        watch = _Patience(episodes.flat()[3]) if self.stop_on_query else None
+        for _ in range(self.epochs):
+            adam.zero_grad()
+            with torch.enable_grad():
+                cross_entropy(self._forward(weights, xs, self.dropout), ys).sum().backward()
+            adam.step()
+            if watch is not None and watch.done(self._forward(weights, xq)):
+                break
+        return watch.answer if watch is not None else self._forward(weights, xq)
+
+    def _forward(self, weights: list[Tensor], x: Tensor, dropout: float = 0.0) -> Tensor:
+        w1, b1, w2, b2 = weights
+        h = torch.relu(x @ w1 + b1)
+        if dropout:
+            h = h * (torch.rand(h.shape, generator=self.generator, device=h.device) >= dropout) / (1 - dropout)
+        return h @ w2 + b2
+
+
+class _Patience:
+    """Early stopping, each task by itself: `answer` ``[T, n, N]`` keeps the logits of the epoch at which it ended."""
+
+    def __init__(self, y: Tensor, patience: int = 2):
+        self.y, self.patience, self.answer = y, patience, None
+        self.best = torch.full(y.shape[:1], torch.inf, device=y.device)
+        self.waited = torch.zeros_like(self.best)
+
+    def done(self, logits: Tensor) -> bool:
+        """Take the logits of one more epoch; True when every task has ended."""
+        running = self.waited < self.patience
+        self.answer = logits if self.answer is None else torch.where(running[:, None, None], logits, self.answer)
+        loss = cross_entropy(logits, self.y)
+        self.waited = torch.where(running & (loss < self.best), 0, self.waited + 1)
+        self.best = torch.minimum(self.best, loss)
+        return not (self.waited < self.patience).any()
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterMatching:
+    """Clusters of the training embeddings, named by the support images in them (CACTUs, 4.1). (eq-matching)
+
+    Each of the k clusters takes the plurality label of the support images closest to its centroid; a query takes the
+    label of the closest centroid that has one. Equal counts go to the lowest label (as in the reference code; labels
+    are a random permutation), equal distances to the earlier centroid.
+
+    Args:
+        centroids: ``[k, d]``, of clusters of the *training* images.
+
+    Raises:
+        ValueError: centroids that are not a finite matrix, or (in `predict`) embeddings of another dimension.
+    """
+
+    centroids: Tensor
+
+    def __post_init__(self):
+        if self.centroids.dim() != 2 or not self.centroids.isfinite().all():
+            raise ValueError(f"centroids {list(self.centroids.shape)} must be a finite matrix [k, d]")
+
+    @torch.no_grad()
+    def predict(self, episodes: Episodes) -> Tensor:
+        """One-hot decisions ``[T, N*Q, N]``."""
+        xs, ys, xq = _embeddings(episodes)
+        k, d = self.centroids.shape
+        if xs.shape[2] != d:
+            raise ValueError(f"the embeddings have {xs.shape[2]} dimensions but the centroids {d}")
+        mean = self.centroids.mean(0)
+        centroids = (self.centroids - mean).unsqueeze(0)
+        home = squared_distances(xs - mean, centroids).argmin(2)  # [T, N*K]
+        votes = xs.new_zeros(len(xs), k * episodes.way)
+        votes.scatter_add_(1, home * episodes.way + ys, torch.ones_like(votes[:, :1]).expand(ys.shape))
+        votes = votes.unflatten(1, (k, episodes.way))
+        unnamed = votes.sum(2) == 0
+        distances = squared_distances(xq - mean, centroids).masked_fill_(unnamed.unsqueeze(1), torch.inf)
+        label = votes.argmax(2).gather(1, distances.argmin(2))
+        return F.one_hot(label, episodes.way).to(xs.dtype)
+
+
+def tune(
+    make: Callable, values: Iterable, source, *, way: int, shot: int, query: int = 5, tasks: int = 1000, seed: int = 0
+) -> tuple[object, dict]:
+    """Choose a setting on labeled validation tasks, as the paper does for its baselines (CACTUs, 4.1).
+
+    Args:
+        make: maps a value to a learner, such as ``lambda c: LinearClassifier(c=c)``.
+        values: hashable candidates; all see the same tasks, and the first wins a tie. Numbers of neighbors must not
+            exceed way * shot: `NearestNeighbors` refuses, rather than be compared with less than it asks for.
+        source: tasks of the *validation* classes, with labels.
+
+    Returns:
+        The best value and ``{value: mean accuracy in percent}``, to be recorded with the result.
+    """
+    protocol = {"way": way, "shot": shot, "query": query, "tasks": tasks, "seed": seed}
+    accuracies = {value: evaluate(make(value), source, **protocol).mean for value in values}
+    if not accuracies:
+        raise ValueError("there are no values to choose from")
+    return max(accuracies, key=accuracies.get), accuracies

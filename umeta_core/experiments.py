@@ -140,7 +140,7 @@ def measure_baseline(row: Row, scale: str, seed: int, device="cpu", stages=None)
     test, cells = testing_tasks(row, scale, "test", device, stages), []
     for way, shot in row.tests:
         task = {"way": way, "shot": shot, "query": TEST_QUERY, "tasks": row.test_tasks[scale]}
-        make, values = _baseline(row, scale, way * shot, device, stages)
+        make, values = _baseline(row, scale, seed, way * shot, device, stages)
         if values:
             valid = testing_tasks(row, scale, "val", device, stages)
             best, tried = tune(make, values, valid, seed=seed + 1, **(task | {"tasks": min(200, task["tasks"])}))
@@ -151,14 +151,18 @@ def measure_baseline(row: Row, scale: str, seed: int, device="cpu", stages=None)
     return cells
 
 
-def _baseline(row: Row, scale: str, support: int, device, stages):
+def _baseline(row: Row, scale: str, seed: int, support: int, device, stages):
     """What makes the row's baseline from its tuned value, and the values to try (none: nothing to tune)."""
     if row.learner == "knn":
         return NearestNeighbors, [k for k in (1, 3, 5, 10) if k <= support]
     if row.learner == "linear":
         return LinearClassifier, [0.001, 0.01, 0.1, 1.0, 10.0, 100.0]
     if row.learner == "mlp":
-        return (lambda dropout: MLPClassifier(dropout=dropout)), [0.0, 0.25, 0.5, 0.75]
+
+        def make(dropout):
+            return MLPClassifier(generator=torch.Generator(device).manual_seed(seed), dropout=dropout, **row.options)
+
+        return make, [0.0, 0.25, 0.5, 0.75]
     if row.learner == "ridge":
         return Ridge, [0.01, 0.1, 1.0, 10.0, 100.0]
     if row.learner == "nearest-mean":

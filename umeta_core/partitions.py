@@ -13,10 +13,9 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 2048  # rows scored at a time on the CPU, so that their scores stay in the cache; a multiple of 16
+BLOCK = 4096  # rows scored at a time on the CPU, so that their scores stay in the cache; a multiple of 16
 BATCH = 1 << 27  # numbers per temporary tensor of the batched k-means (512 MiB of float32)
 
 
@@ -68,7 +67,7 @@ def cluster_partitions(
         z: embeddings ``[n, d]``; the generator is on their device.
         least: R = K + Q; smaller clusters are left out of the partition.
         way: a partition needs at least this many clusters of R members.
-        enough: more than this share of the k clusters must be sizable.
+        enough: more than this share of the k clusters must be sizable; 0 for no such rule.
         sizable: from how many members a cluster counts as such (None: R + 1).
         restarts: k-means runs per partition, of which the best is kept (None: 10 for P = 1, else 1).
         reruns: how often a partition with too many small clusters is clustered again at most; then the attempt with
@@ -79,11 +78,18 @@ def cluster_partitions(
         int16 (int32 from k = 32768 on): 100 partitions of 22,000 points are 4 MB.
 
     Raises:
-        ValueError: as `kmeans`; or a partition has fewer than `way` clusters of R members.
+        ValueError: as `kmeans`; too few points for that many sizable clusters; or a partition has fewer than `way`
+            clusters of R members.
     """
     check(z, k)
     restarts = (10 if partitions == 1 else 1) if restarts is None else restarts
     sizable = least + 1 if sizable is None else sizable
+    wanted = math.floor(enough * k) + 1 if enough > 0 else 0
+    if wanted * sizable > len(z):
+        raise ValueError(
+            f"more than {100 * enough:g} % of {k} clusters with {sizable} or more members need {wanted * sizable} "
+            f"points; there are {len(z)}: lower k"
+        )
     scalings = random_scalings(partitions, z.shape[1], generator)
     labels = torch.empty(partitions, len(z), dtype=label_type(k), device=z.device)
     big = torch.full((partitions,), -1, device=z.device)  # sizable clusters of the best attempt so far
@@ -96,7 +102,7 @@ def cluster_partitions(
             count = (class_sizes(found, k) >= sizable).sum(1)
             better = count > big[part]
             labels[part[better]], big[part[better]] = found[better], count[better]
-        todo = (big <= enough * k).nonzero().squeeze(1)
+        todo = (big < wanted).nonzero().squeeze(1)
         if not len(todo):
             break
     else:
@@ -110,11 +116,9 @@ def cluster_partitions(
 
 
 def _cluster(z, k, scalings, generator, iterations, tol, restarts) -> Tensor:
-    """Assignments ``[P, n]`` under every scaling: on a GPU at once, on a CPU one after the other with early stopping."""
+    """Assignments ``[P, n]`` under P scalings: on a GPU at once, on a CPU one after the other with early stopping."""
     if z.is_cuda:
-        return kmeans_batched(
-            z, k, scalings, generator, iterations=iterations, tol=tol, restarts=restarts
-        ).assignment
+        return kmeans_batched(z, k, scalings, generator, iterations=iterations, tol=tol, restarts=restarts).assignment
     settings = dict(iterations=iterations, tol=tol, restarts=restarts)
     return torch.stack([kmeans(z * w, k, generator, **settings).assignment for w in scalings])
 
@@ -210,16 +214,18 @@ def plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
         pool = draw(near, 4 * trials, generator)
         distance = squared_distances(x, xx, pool)
         bar = torch.rand(len(pool), generator=generator).mul_(near[pool])
-        unseen = 0
+        at = 0
         while len(chosen) < k:
-            candidates = (bar[unseen:] <= near[pool[unseen:]]).nonzero().squeeze(1)[:trials] + unseen
-            if len(candidates) < trials:
+            alive = bar[at:] <= near[pool[at:]]
+            places = alive.nonzero()[:trials]
+            if len(places) < trials:
                 break
-            lowered = torch.minimum(distance[:, candidates], near.unsqueeze(1))
-            best = lowered.sum(0).argmin()
+            end = int(places[-1]) + 1
+            lowered = torch.minimum(distance[:, at : at + end], near.unsqueeze(1))
+            best = lowered.sum(0).masked_fill_(~alive[:end], math.inf).argmin()
             near = lowered[:, best].contiguous()
-            chosen = torch.cat([chosen, pool[candidates[best]].view(1)])
-            unseen = int(candidates[-1]) + 1
+            chosen = torch.cat([chosen, pool[at + best].view(1)])
+            at += end
     return x[chosen]
 
 
@@ -306,7 +312,7 @@ def kmeans_batched(
     go on until the last one has converged. The centroids ``[P, k, d]`` are means of z itself, the inertia ``[P]`` is
     that of ``z * w``. Temporary tensors have at most 2^27 numbers if P * restarts * n * (2 + log k) is below that.
     """
-    p, (n, d) = len(scalings), z.shape
+    p, n = len(scalings), len(z)
     middle = z.mean(0)
     x, metric = z - middle, scalings.repeat_interleave(restarts, 0).square()
     xx = metric @ x.square().t()  # [P, n]
@@ -509,7 +515,7 @@ def inspect(partition: Tensor, labels: Tensor) -> Inspection:
 
 
 def purity(table: Tensor) -> float:
-    """Share of the images with the most frequent label of their cluster, from counts ``[clusters, labels]``. (eq-purity)"""
+    """Share of images with the most frequent label of their cluster, from counts ``[clusters, labels]``. (eq-purity)"""
     return (table.amax(1).sum() / table.sum()).item()
 
 
@@ -535,6 +541,4 @@ def _watched(items, shown: bool):
         if shown and now - last > 15:
             last, each = now, (now - started) / i
             left = each * (len(items) - i)
-            print(
-                f"k-means {i}/{len(items)}  {each:.2f} s each  {left / 60:.1f} min left", file=sys.stderr, flush=True
-            )
+            print(f"k-means {i}/{len(items)}  {each:.2f} s each  {left / 60:.1f} min left", file=sys.stderr, flush=True)

@@ -214,7 +214,8 @@ def _probes(dataset: str, embedding: str, k: int) -> list[Row]:
     d, name = _WIDTH[embedding, dataset], _slug(embedding)
     return [
         _row(dataset, f"{learner}-{name}", method, learner, embedding=embedding, clusters=k * (learner == "matching"),
-             inputs="embeddings", variant=f"d={d}{variant.format(k=k)}")
+             inputs="embeddings", options={"stop_on_query": True} if learner == "mlp" else {},
+             variant=f"d={d}{variant.format(k=k)}")
         for learner, method, variant in _PROBES if not (dataset == "mnist" and learner == "mlp")
     ]  # fmt: skip
 

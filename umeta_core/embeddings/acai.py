@@ -37,6 +37,8 @@ class ACAI(Embedding):
     All settings are those of the authors' code for MNIST with 256 numbers, which trains on 2**24 images in batches of
     64; CACTUs does not say how long it trained. Before clustering CACTUs whitens the vectors of MNIST (App. D).
 
+    A step takes 0.16 s on one CPU core: an epoch of Omniglot's 22,000 images one minute, 2**24 images half a day.
+
     Args:
         channels, size: of the square images; 28 pixels are padded with zeros to 32 (CACTUs, App. E.4), 32 stay.
         depth: filters at full size, doubled at each halving.

@@ -1,0 +1,387 @@
+"""k-means against scikit-learn and its literal form, hyperplane cells against a loop, and the other partitions."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+from sklearn.metrics import normalized_mutual_info_score
+
+from umeta_core import partitions as parts
+from umeta_core.data import ImageSet
+from umeta_core.episodes import PartitionTasks
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def blobs(n=1500, d=10, centers=30, noise=0.4, seed=0, dtype=torch.float32):
+    """Overlapping groups, and the group of each point."""
+    g = seeded(seed)
+    group = torch.randint(centers, (n,), generator=g)
+    x = torch.randn(centers, d, generator=g, dtype=dtype)[group] + noise * torch.randn(n, d, generator=g, dtype=dtype)
+    return x, group
+
+
+def literal_lloyd(x, centroids, steps):
+    """Every distance, every step."""
+    for _ in range(steps):
+        assignment = torch.cdist(x, centroids).argmin(1)
+        centroids = torch.stack(
+            [x[assignment == c].mean(0) if (assignment == c).any() else centroids[c] for c in range(len(centroids))]
+        )
+    return torch.cdist(x, centroids).argmin(1), centroids
+
+
+# k-means
+
+
+@pytest.mark.parametrize("n, d, k", [(1500, 10, 40), (1003, 7, 25), (3000, 33, 60)])
+def test_inertia_is_that_of_scikit_learn(n, d, k):
+    x, _ = blobs(n, d)
+    ours = [parts.kmeans(x, k, seeded(s)).inertia.item() for s in range(6)]
+    theirs = [KMeans(k, n_init=1, random_state=s).fit(x.numpy()).inertia_ for s in range(6)]
+    assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.02)
+    batched = parts.kmeans_batched(x, k, torch.ones(6, d), seeded()).inertia
+    assert batched.mean().item() == pytest.approx(np.mean(theirs), rel=0.02)
+
+
+def test_start_is_as_good_as_that_of_scikit_learn():
+    from sklearn.cluster import kmeans_plusplus
+
+    x, _ = blobs(800)
+    cost = lambda c: torch.cdist(x, c).amin(1).square().sum().item()  # noqa: E731
+    theirs = np.mean([cost(torch.from_numpy(kmeans_plusplus(x.numpy(), 30, random_state=s)[0])) for s in range(20)])
+    ours = np.mean([cost(parts.plus_plus(x, 30, seeded(s))) for s in range(20)])
+    assert ours == pytest.approx(theirs, rel=0.03)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 50])
+def test_bounds_change_nothing(steps):
+    x, _ = blobs(1003, 6, dtype=torch.float64)
+    start = x[torch.randperm(len(x), generator=seeded())[:25]]
+    found = parts.lloyd(x, start, steps, tol=0)
+    assignment, centroids = literal_lloyd(x, start, steps)
+    assert torch.equal(found.assignment, assignment)
+    assert torch.allclose(found.centroids, centroids)
+    assert found.inertia.item() == pytest.approx((x - centroids[assignment]).square().sum().item())
+
+
+def test_at_the_end_every_point_is_with_its_nearest_mean():
+    x, _ = blobs()
+    found = parts.kmeans(x, 40, seeded(), iterations=500, tol=0)
+    means = torch.stack([x[found.assignment == c].mean(0) for c in range(40)])
+    assert torch.allclose(found.centroids, means, atol=1e-4)
+    distance = torch.cdist(x, means)
+    own = distance.gather(1, found.assignment.unsqueeze(1)).squeeze(1)
+    assert (own - distance.amin(1)).max() < 1e-4
+    assert found.inertia.item() == pytest.approx(own.square().sum().item(), rel=1e-4)
+
+
+def test_early_stopping_costs_little():
+    x, _ = blobs(3000, 20, 100)
+    early, late = (parts.kmeans(x, 60, seeded(), tol=tol).inertia.item() for tol in (1e-3, 0))
+    assert late <= early <= 1.002 * late
+
+
+def test_far_from_the_origin_nothing_changes():
+    x, _ = blobs()
+    near, far = (parts.kmeans(x + offset, 30, seeded()).inertia.item() for offset in (0, 300))
+    assert far == pytest.approx(near, rel=0.02)
+
+
+def test_one_cluster_and_as_many_as_points():
+    x, _ = blobs(50)
+    one = parts.kmeans(x, 1, seeded())
+    assert one.assignment.unique().tolist() == [0] and torch.allclose(one.centroids[0], x.mean(0), atol=1e-5)
+    all_ = parts.kmeans(x, 50, seeded())
+    assert len(all_.assignment.unique()) == 50 and all_.inertia < 1e-3
+    assert parts.kmeans_batched(x, 50, torch.ones(2, 10), seeded()).inertia.max() < 1e-2
+
+
+def test_fewer_distinct_points_than_clusters():
+    x = torch.tensor([[0.0], [1.0], [5.0]]).repeat(20, 1)
+    for found in (parts.kmeans(x, 6, seeded()), parts.kmeans_batched(x, 6, torch.ones(1, 1), seeded())):
+        assert found.inertia.sum() < 1e-3 and len(found.assignment.unique()) == 3
+        assert found.centroids.isfinite().all()
+
+
+def test_restarts_keep_the_best():
+    x, _ = blobs(600, 2, 40, 0.05)
+    g = seeded()
+    runs = [parts.kmeans(x, 30, g).inertia.item() for _ in range(5)]
+    assert parts.kmeans(x, 30, seeded(), restarts=5).inertia.item() == pytest.approx(min(runs))
+    single = parts.kmeans_batched(x, 30, torch.ones(20, 2), seeded()).inertia
+    best = parts.kmeans_batched(x, 30, torch.ones(4, 2), seeded(), restarts=5).inertia
+    assert best.shape == (4,) and best.mean() < single.mean()
+
+
+def test_pooled_draws_follow_the_squared_distance():
+    """Three points on a line: the second pick is proportional to D^2 when there is one candidate per step."""
+    x = torch.tensor([[0.0], [1.0], [3.0]]).repeat_interleave(20, 0)
+    first_two = []
+    for s in range(400):
+        first, second = parts.plus_plus(x, 2, seeded(s))[:, 0].tolist()
+        first_two.append((first, second))
+    assert all(a != b for a, b in first_two)
+    from_middle = [b for a, b in first_two if a == 1.0]
+    # two candidates, 0 with weight 1 and 3 with weight 4; the greedy choice prefers 3 if it is among them
+    assert np.mean([b == 3.0 for b in from_middle]) == pytest.approx(1 - 0.2**2, abs=0.05)
+
+
+# metrics, many partitions
+
+
+def test_first_metric_is_plain_and_the_others_are_uniform():
+    w = parts.random_scalings(50, 200, seeded())
+    assert (w[0] == 1).all()
+    assert 0 <= w[1:].min() < 0.01 and 0.99 < w[1:].max() < 1
+    assert w[1:].mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_metric_is_k_means_on_scaled_points():
+    x, _ = blobs()
+    w = parts.random_scalings(3, 10, seeded())
+    found = parts.kmeans_batched(x, 30, w, seeded(), tol=0)
+    for p in range(3):
+        a, scaled = found.assignment[p], x * w[p]
+        means = torch.stack([scaled[a == c].mean(0) for c in range(30)])
+        assert torch.allclose(found.centroids[p] * w[p], means, atol=1e-4)
+        assert torch.equal(torch.cdist(scaled, means).argmin(1), a)
+        assert found.inertia[p].item() == pytest.approx((scaled - means[a]).square().sum().item(), rel=1e-4)
+        one_by_one = np.mean([parts.kmeans(scaled, 30, seeded(s)).inertia.item() for s in range(5)])
+        assert found.inertia[p].item() == pytest.approx(one_by_one, rel=0.05)
+
+
+def test_batched_and_bounded_agree_from_the_same_start():
+    x, _ = blobs(900, 6, dtype=torch.float64)
+    x = x - x.mean(0)
+    w = parts.random_scalings(3, 6, seeded()).double()
+    starts = x[torch.randperm(len(x), generator=seeded())[:60]].view(3, 20, 6)
+    for p in range(3):
+        centroids = starts[p : p + 1]
+        for _ in range(7):
+            assignment, _ = parts.assign_batched(x, centroids, w[p : p + 1].square())
+            centroids = parts.means_batched(x, assignment, centroids)
+        bounded = parts.lloyd(x * w[p], starts[p] * w[p], 7, tol=0)
+        assert torch.allclose(bounded.centroids, centroids[0] * w[p])
+
+
+def test_small_blocks_and_batches_change_nothing(monkeypatch):
+    x, _ = blobs(703, 6, dtype=torch.float64)
+    w = torch.ones(2, 6, dtype=torch.float64)
+    whole = parts.kmeans(x, 20, seeded()), parts.kmeans_batched(x, 20, w, seeded())
+    monkeypatch.setattr(parts, "BLOCK", 32)
+    monkeypatch.setattr(parts, "BATCH", 1000)
+    cut = parts.kmeans(x, 20, seeded()), parts.kmeans_batched(x, 20, w, seeded())
+    assert all(torch.equal(a.assignment, b.assignment) for a, b in zip(whole, cut))
+
+
+@pytest.mark.parametrize("n, d", [(2048, 64), (100, 5), (37, 3), (7, 2)])
+def test_scores_are_the_matrix_product(n, d):
+    x, c = torch.randn(n, d, generator=seeded()), torch.randn(11, d, generator=seeded(1))
+    half = c.square().sum(1) / 2
+    assert torch.allclose(parts.scores(x, c, half), x @ c.t() - half, atol=1e-4)
+
+
+def test_clusters_become_tasks():
+    x, group = blobs(1000, 10, 20, 0.1)
+    found = parts.cluster_partitions(x, 25, 4, seeded(), least=6, way=5)
+    assert found.shape == (4, 1000) and found.dtype == torch.int16
+    assert parts.inspect(found[0], group).nmi > 0.9
+    assert not torch.equal(found[1], found[2])
+    images = ImageSet(torch.zeros(1000, 1, 2, 2, dtype=torch.uint8), group, ["x"] * 20, [], "blobs", "train")
+    assert PartitionTasks(images, found).sample(8, 5, 1, 5, seeded()).query.shape == (8, 5, 5, 1, 2, 2)
+
+
+def test_same_seed_same_partitions():
+    x, _ = blobs(600)
+    first, second, other = (parts.cluster_partitions(x, 20, 3, seeded(s), least=3) for s in (1, 1, 2))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_many_clusters_need_a_wider_type():
+    assert parts.label_type(32767) == torch.int16 and parts.label_type(32768) == torch.int32
+
+
+def test_small_clusters_are_pruned():
+    labels = torch.tensor([[0, 0, 0, 1, 1, 2], [2, 2, 2, 2, 1, 1]], dtype=torch.int16)
+    assert parts.class_sizes(labels, 3).tolist() == [[3, 2, 1], [0, 2, 4]]
+    pruned = parts.prune(labels.clone(), 3, least=2, way=2)
+    assert pruned.tolist() == [[0, 0, 0, 1, 1, -1], [2, 2, 2, 2, 1, 1]]
+    with pytest.raises(
+        ValueError, match=r"partition 0 has 1 clusters of at least 3 members, but 2 are needed \(its la"
+    ):
+        parts.prune(labels, 3, least=3, way=2)
+
+
+def scripted(monkeypatch, attempts):
+    """Clusterings that come out as given, one after the other."""
+    attempts = iter(attempts)
+    monkeypatch.setattr(parts, "_cluster", lambda *a: torch.tensor([next(attempts)]))
+
+
+BAD, BETTER, GOOD = [0] * 7 + [1], [0] * 5 + [1] * 3, [0] * 4 + [1] * 4  # sizes 7 + 1, 5 + 3, 4 + 4
+
+
+def test_a_clustering_with_too_many_small_clusters_is_done_again(monkeypatch):
+    x = torch.randn(8, 2)
+    scripted(monkeypatch, [GOOD, BAD, BETTER, GOOD])  # partitions 0 and 1, then 1 again and again
+    found = parts.cluster_partitions(x, 2, 2, seeded(), least=3)  # the MAML rule: more than 3 members
+    assert found.tolist() == [GOOD, GOOD]
+    scripted(monkeypatch, [GOOD, BAD, BETTER])
+    found = parts.cluster_partitions(x, 2, 2, seeded(), least=3, sizable=3, enough=0.8)  # ProtoNets: at least 3
+    assert found.tolist() == [GOOD, BETTER]
+    scripted(monkeypatch, [GOOD, BAD])
+    found = parts.cluster_partitions(x, 2, 2, seeded(), least=3, enough=0)  # pixels: no such rule
+    assert found.tolist() == [GOOD, [0] * 7 + [-1]]
+
+
+def test_re_runs_end_with_the_best_and_a_warning(monkeypatch):
+    scripted(monkeypatch, [[*attempt, 2, 2] for attempt in (GOOD, BETTER, GOOD)])
+    with pytest.warns(UserWarning, match=r"1 of 1 partitions have at most 50 % clusters of 5 or more.*worst: 1 of 3"):
+        found = parts.cluster_partitions(torch.randn(10, 2), 3, 1, seeded(), least=3, sizable=5, enough=0.5, reruns=2)
+    assert found.tolist() == [[*BETTER, -1, -1]]
+
+
+def test_partitions_without_re_run_give_no_warning():
+    x, _ = blobs(400, 5, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parts.cluster_partitions(x, 8, 2, seeded(), least=2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(k=41), r"k=41 clusters needs at least as many points; there are 40"),
+        (dict(k=0), r"k=0 clusters"),
+        (dict(z="broken"), r"3 of 40 embeddings hold NaN or infinity"),
+        (dict(z="flat"), r"embeddings are floats \[n, d\]; these are torch.float32 \[40\]"),
+        (dict(least=20), r"more than 75 % of 4 clusters with 21 or more members need 84 points; there are 40"),
+        (dict(least=50, enough=0), r"has 0 clusters of at least 50 members, but 1 are needed \(its largest has"),
+        (dict(way=5), r"has 4 clusters of at least 2 members, but 5 are needed"),
+    ],
+)
+def test_bad_input(change, message):
+    z = torch.arange(80.0).view(40, 2)
+    if change.get("z") == "broken":
+        z = z.clone()
+        z[3, 0], z[7], z[9, 1] = math.nan, math.inf, -math.inf
+    elif change.get("z") == "flat":
+        z = z[:, 0]
+    settings = dict(k=4, least=2, **{"partitions": 2}) | {k: v for k, v in change.items() if k != "z"}
+    with pytest.raises(ValueError, match=message):
+        parts.cluster_partitions(z, generator=seeded(), **settings)
+
+
+# hyperplanes
+
+
+def test_signed_distance_is_that_of_the_equation():
+    z, normal, point = (torch.randn(*s, generator=seeded(i)) for i, s in enumerate([(7, 4), (3, 4), (3, 4)]))
+    found = parts.signed_distances(z, normal, point)
+    for m in range(3):
+        for i in range(7):
+            want = sum(normal[m] / normal[m].norm() * (z[i] - point[m]))
+            assert found[m, i].item() == pytest.approx(want.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_cells_are_those_of_a_loop(margin, monkeypatch):
+    z, _ = blobs(500, 5)
+    drawn, real = [], parts.signed_distances
+    monkeypatch.setattr(parts, "signed_distances", lambda *a: drawn.append(real(*a)) or drawn[-1])
+    found = parts.hyperplane_partitions(z, 3, 4, seeded(), least=4, margin=margin, planes=2)
+    good = [d for d in drawn[0] if min((d >= margin).sum(), (d <= -margin).sum()) >= 40][:2]
+    literal = []
+    for order in (good, good[::-1]):  # a pool of two: every partition has both, in either order
+        cells = [
+            -1 if any(abs(d[i]) < margin for d in order) else sum(2**h for h in range(2) if order[h][i] > 0)
+            for i in range(500)
+        ]
+        literal.append([c if cells.count(c) >= 4 else -1 for c in cells])
+    assert found.shape == (4, 500) and all(f in literal for f in found.tolist())
+
+
+def test_cells_have_enough_members_and_ways():
+    z, _ = blobs(3000, 16)
+    found = parts.hyperplane_partitions(z, 20, 40, seeded(), least=6)
+    assert found.dtype == torch.int16 and found.max() < 32
+    counts = parts.class_sizes(found, 32)
+    assert ((counts == 0) | (counts >= 6)).all() and ((counts >= 6).sum(1) >= 20).all()
+    assert torch.equal(found, parts.hyperplane_partitions(z, 20, 40, seeded(), least=6))
+
+
+def test_a_margin_leaves_points_out():
+    z, _ = blobs(3000, 16)
+    left_out = [
+        (parts.hyperplane_partitions(z, 4, 10, seeded(), least=6, margin=m) < 0).float().mean() for m in (0, 0.3)
+    ]
+    assert left_out[0] < 0.01 and left_out[1] > 0.1
+
+
+def test_impossible_hyperplanes_are_refused():
+    z, _ = blobs(300, 8)
+    with pytest.raises(ValueError, match="only 0 of 2000 random hyperplanes have 60 of the 300 points beyond .* 9 on"):
+        parts.hyperplane_partitions(z, 5, 3, seeded(), least=6, margin=9, tries=2)
+    with pytest.raises(
+        ValueError, match=r"only 0 of \d+ partitions by 7 hyperplanes with margin 0 have 100 cells of at"
+    ):
+        parts.hyperplane_partitions(z, 100, 3, seeded(), least=6, tries=2)
+
+
+# chance, pixels, inspection
+
+
+def test_random_partitions_are_uniform_and_independent():
+    found = parts.random_partitions(5000, 10, 3, seeded())
+    assert found.shape == (3, 5000) and found.dtype == torch.int16
+    counts = parts.class_sizes(found, 10)
+    assert counts.min() > 400 and counts.max() < 600
+    assert (found[0] == found[1]).float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_zca_is_the_recipe():
+    images = torch.randint(0, 256, (200, 1, 5, 5), generator=seeded(), dtype=torch.uint8)
+    images[0] = 7  # a blank image has no contrast
+    x = images.numpy().reshape(200, 25).astype(np.float64)
+    x = np.stack([(row - row.mean()) / np.sqrt(row.var() + 10) for row in x])
+    x = x - x.mean(0)
+    u, s, _ = np.linalg.svd(x.T @ x / 200)
+    want = x @ (u @ np.diag(1 / np.sqrt(s + 1e-5)) @ u.T)
+    found = parts.zca(images)
+    assert found.dtype == torch.float32 and np.allclose(found.numpy(), want, atol=1e-3)
+    values = torch.linalg.eigvalsh(found.t() @ found / 200)
+    assert torch.allclose(values[1:], torch.ones(24), atol=1e-2)  # white, but for the mean that was taken away
+
+
+def test_purity_and_nmi():
+    g = seeded()
+    labels = torch.randint(6, (400,), generator=g)
+    partition = torch.where(torch.rand(400, generator=g) < 0.6, labels * 2, torch.randint(15, (400,), generator=g))
+    partition[:30] = -1
+    found = parts.inspect(partition.to(torch.int16), labels)
+    p, y = partition[30:].numpy(), labels[30:].numpy()
+    assert found.nmi == pytest.approx(normalized_mutual_info_score(y, p))
+    assert found.purity == pytest.approx(sum(np.bincount(y[p == c]).max() for c in np.unique(p)) / 370)
+    assert found.left_out == 30 and found.sizes.tolist() == [int((p == c).sum()) for c in np.unique(p)]
+    assert f"{len(found.sizes)} classes of" in str(found) and "30 images left out" in str(found)
+
+
+def test_nmi_at_its_ends():
+    labels = torch.arange(40) % 4
+    same, one = parts.inspect(3 - labels, labels), parts.inspect(torch.zeros(40).long(), labels)
+    assert (same.purity, same.nmi) == (1, pytest.approx(1))
+    assert (one.purity, one.nmi) == (0.25, pytest.approx(0, abs=1e-9))
+    assert parts.inspect(torch.zeros(5).long(), torch.zeros(5).long()).nmi == 1
+
+
+def test_bad_comparisons_are_refused():
+    with pytest.raises(ValueError, match=r"partition \[2, 4\] cannot be compared with labels \[4\]"):
+        parts.inspect(torch.zeros(2, 4), torch.zeros(4))
+    with pytest.raises(ValueError, match="leaves all 4 images out"):
+        parts.inspect(-torch.ones(4), torch.zeros(4))
