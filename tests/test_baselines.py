@@ -105,7 +105,7 @@ def test_linear_classifier_is_the_optimum_that_scikit_learn_finds(way, shot, c, 
 
 def test_linear_classifier_has_no_gradient_left():
     e = episodes(5, 5, tasks=4)
-    learner = LinearClassifier(c=2.0, tolerance=1e-10)
+    learner = LinearClassifier(c=2.0, tolerance=1e-8)
     xs, ys, _, _ = e.flat()
     xs = xs.double()
     probe = torch.cat([torch.zeros_like(xs[:, :1]), torch.eye(xs.shape[2]).double().expand(4, -1, -1)], 1)
@@ -127,7 +127,7 @@ def test_linear_classifier_solves_each_task_as_if_it_were_alone(monkeypatch):
 
 
 def test_linear_classifier_warns_when_it_gives_up():
-    with pytest.warns(UserWarning, match="c=1.0: logits still move by .* after 3 steps"):
+    with pytest.warns(UserWarning, match="c=1.0: after 3 steps logits of 6 of 6 tasks may be off"):
         LinearClassifier(steps=3).predict(episodes())
 
 

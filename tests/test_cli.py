@@ -71,7 +71,7 @@ def test_the_plan_of_a_table(tmp_path, capsys):
     names = [line.split()[0] for line in lines[:-1:2]]
     assert len(names) == 23 and {"scratch", "knn-acai", "cactus-maml-bigan"} <= set(names)
     assert "oracle-maml-5way" not in names and "ridge-acai" not in names  # only what the paper prints
-    assert "30,000 steps  about 69 min" in lines[0]
+    assert "30,000 steps  about 68 min" in lines[0]
     assert lines[-1].startswith("46 of 46 runs to do on cpu; one after another")
     assert main([*plan, "--rows", "oracle-protonets,scratch", "--dataset", "glyphs"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -107,9 +107,12 @@ def test_two_reproductions_do_not_share_a_folder(tmp_path, capsys):
 
 
 def test_rows_move_to_other_datasets():
-    row = rows.find_row("oracle-maml-mini-imagenet")
-    assert (row.slug, row.dataset, row.split_protocol) == ("oracle-maml-mini-imagenet", "mini_imagenet", None)
+    row = rows.find_row("oracle-maml-mini-imagenet")  # a row of Table 9
+    assert (row.table, row.dataset, row.split_protocol, row.way) == ("9", "mini_imagenet", None, 5)
     assert rows.find_row("oracle-maml", "mini_imagenet") == row
+    moved = rows.find_row("oracle-maml-glyphs")
+    assert (moved.slug, moved.dataset, moved.split_protocol) == ("oracle-maml-glyphs", "glyphs", None)
+    assert rows.find_row("oracle-maml", "glyphs") == moved
     assert rows.find_row("oracle-maml").split_protocol == "cactus"
     for slug in ("mnist", "oracle-maml-", "oracle-maml-nowhere", ""):
         with pytest.raises(ValueError, match="unknown row"):
@@ -154,7 +157,7 @@ def test_train_then_evaluate_from_the_checkpoint(tmp_path, capsys):
 def test_reproduce_runs_records_and_resumes(tmp_path):
     pytest.importorskip("snakemake")
     pytest.importorskip("papermill")
-    arguments = ("reproduce", "cactus", "--table", 8, "--rows", "protonets", "--dataset", "glyphs", "--scale", "smoke",
+    arguments = ("reproduce", "cactus", "--table", 8, "--rows", "oracle-protonets", "--dataset", "glyphs", "--scale", "smoke",
                  "--cores", 1, "--runs", tmp_path / "runs", "--results", tmp_path / "results")  # fmt: skip
     done = umeta(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -84,12 +84,7 @@ def cluster_partitions(
     check(z, k)
     restarts = (10 if partitions == 1 else 1) if restarts is None else restarts
     sizable = least + 1 if sizable is None else sizable
-    wanted = math.floor(enough * k) + 1 if enough > 0 else 0
-    if wanted * sizable > len(z):
-        raise ValueError(
-            f"more than {100 * enough:g} % of {k} clusters with {sizable} or more members need {wanted * sizable} "
-            f"points; there are {len(z)}: lower k"
-        )
+    wanted = _sizable_wanted(len(z), k, enough, sizable)
     scalings = random_scalings(partitions, z.shape[1], generator)
     labels = torch.empty(partitions, len(z), dtype=label_type(k), device=z.device)
     big = torch.full((partitions,), -1, device=z.device)  # sizable clusters of the best attempt so far
@@ -113,6 +108,17 @@ def cluster_partitions(
             stacklevel=2,
         )
     return prune(labels, k, least, way)
+
+
+def _sizable_wanted(n, k, enough, sizable) -> int:
+    """How many sizable clusters are more than the share `enough`; ValueError if n points can never make them."""
+    wanted = math.floor(enough * k) + 1 if enough > 0 else 0
+    if wanted * sizable > n:
+        raise ValueError(
+            f"more than {100 * enough:g} % of {k} clusters with {sizable} or more members need {wanted * sizable} "
+            f"points; there are {n}: lower k"
+        )
+    return wanted
 
 
 def _cluster(z, k, scalings, generator, iterations, tol, restarts) -> Tensor:

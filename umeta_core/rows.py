@@ -349,11 +349,14 @@ def on_dataset(row: Row, dataset: str) -> Row:
 def find_row(slug: str, dataset: str | None = None) -> Row:
     """The row named `slug` (``oracle-maml``, or ``oracle-maml-glyphs`` for its move to another dataset).
 
-    `dataset` moves it. ValueError lists the rows there are.
+    `dataset` asks for the paper's row on that dataset, or if it has none moves the row there. ValueError lists the rows
+    there are.
     """
     by_slug = {row.slug: row for row in ROWS}
     if dataset is not None:
         known(dataset)
+        own = f"{slug}-{dataset.replace('_', '-')}"
+        slug = own if own in by_slug else slug
     if slug in by_slug:
         return on_dataset(by_slug[slug], dataset or by_slug[slug].dataset)
     for place in ABOUT:
