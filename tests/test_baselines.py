@@ -126,8 +126,15 @@ def test_linear_classifier_solves_each_task_as_if_it_were_alone(monkeypatch):
     torch.testing.assert_close(LinearClassifier().predict(e), alone, rtol=0, atol=2e-3)
 
 
+def test_a_collapsed_embedding_leaves_chance_not_nan():
+    e = Episodes(torch.ones(2, 5, 3, 8), torch.ones(2, 5, 4, 8))
+    for learner in (LinearClassifier(), Ridge(), NearestMean(), NearestNeighbors(3)):
+        assert learner.predict(e).isfinite().all()
+    assert not LinearClassifier().predict(e).any()
+
+
 def test_linear_classifier_warns_when_it_gives_up():
-    with pytest.warns(UserWarning, match="c=1.0: after 3 steps logits of 6 of 6 tasks may be off"):
+    with pytest.warns(UserWarning, match="c=1.0: the weights of 6 of 6 tasks may be off .* 3 steps"):
         LinearClassifier(steps=3).predict(episodes())
 
 

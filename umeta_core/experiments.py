@@ -20,7 +20,7 @@ from .maml import MAML
 from .networks import MLP, Conv4
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
-from .rows import TEST_QUERY, Row, embedding_plan
+from .rows import TEST_QUERY, Row
 from .stages import centroids, images_of, make_partitions, vectors
 from .training import train
 
@@ -196,7 +196,7 @@ def run_row(
     record = {
         "paper": row.paper, "table": row.table, "row": row.slug, "method": row.method, "embedding": row.embedding,
         "variant": row.variant, "dataset": row.dataset, "scale": scale, "seed": seed, "steps": row.budget(scale),
-        "paper_steps": row.steps["full"], "tasks_per_step": row.tasks, "deviation": deviation(row), "cells": cells,
+        "paper_steps": row.steps["full"], "tasks_per_step": row.tasks, "deviation": row.departs, "cells": cells,
         "seconds": round(history["seconds"], 1), "test_seconds": round(time.perf_counter() - started, 1),
         "history": _thinned(history), "protocol": plain(row.protocol()), "notebook": notebook,
         **embedding_record(row, scale), **origin,
@@ -205,17 +205,11 @@ def run_row(
     return record
 
 
-def deviation(row: Row) -> str:
-    """Where the row, or the embedding under it, departs from the paper even at full scale."""
-    plan = embedding_plan(row.embedding, row.dataset) if row.needs_embedding else None
-    return "; ".join(part for part in (row.deviation, plan.deviation if plan else "") if part)
-
-
 def embedding_record(row: Row, scale: str) -> dict:
     """How the row's embedding was fitted, for the record."""
     if not row.needs_embedding:
         return {}
-    plan = embedding_plan(row.embedding, row.dataset)
+    plan = row.plan
     return {"embedding_fit": {"options": plain(plan.options), "epochs": plan.epochs[scale], "batch": plan.batch,
                               "paper_epochs": plan.epochs["full"], "seed": 0}}  # fmt: skip
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from . import partitions as parts
 from .data import ImageSet, load
 from .embeddings.base import Embedding, read, write_atomically
-from .embeddings.deepcluster import apply_whitening, pca_whitening
+from .embeddings.deepcluster import pca_whitening
 from .packs import cache_folder
-from .rows import EmbeddingPlan, Row, embedding_plan
+from .rows import EmbeddingPlan, Row
 
 
 def stages_folder(folder=None) -> Path:
@@ -50,7 +50,7 @@ def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0
 
 def stem(row: Row, scale: str, folder=None) -> Path:
     """What the files of the row's embedding have in common."""
-    name = row.embedding.lower().replace(" ", "-")
+    name = (row.fitted or row.embedding).lower().replace(" ", "-")
     return stages_folder(folder) / f"{name}-{row.dataset.replace('_', '-')}-{scale}"
 
 
@@ -105,7 +105,7 @@ def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True
 
     All rows and all seeds share one embedding, as in the paper. At smoke it sees about 2000 images.
     """
-    plan, path = embedding_plan(row.embedding, row.dataset), Path(f"{stem(row, scale, folder)}.pt")
+    plan, path = row.plan, Path(f"{stem(row, scale, folder)}.pt")
     images = images_of(row, "train", device).images
     model = build_embedding(plan, *images.shape[1:3]).to(device)
     if scale == "smoke":
@@ -128,9 +128,10 @@ def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tens
         return z
     model = fit_embedding(row, scale, device, folder)
     z = model.embed(images)
-    if embedding_plan(row.embedding, row.dataset).whiten:
+    if row.plan.whiten:
         basis = z if split == "train" else model.embed(images_of(row, "train", device).images)
-        z = apply_whitening(z, *pca_whitening(basis, model.d))
+        mean, matrix = pca_whitening(basis, model.d)
+        z = (z - mean) @ matrix
     write_atomically({"z": z.cpu()}, path)
     return z
 
