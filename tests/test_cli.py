@@ -158,8 +158,9 @@ def test_train_then_evaluate_from_the_checkpoint(tmp_path, capsys):
 def test_reproduce_runs_records_and_resumes(tmp_path):
     pytest.importorskip("snakemake")
     pytest.importorskip("papermill")
-    arguments = ("reproduce", "cactus", "--table", 8, "--rows", "oracle-protonets", "--dataset", "glyphs", "--scale", "smoke",
-                 "--cores", 1, "--runs", tmp_path / "runs", "--results", tmp_path / "results")  # fmt: skip
+    arguments = ("reproduce", "cactus", "--table", 8, "--rows", "oracle-protonets", "--dataset", "glyphs",
+                 "--scale", "smoke", "--cores", 1, "--runs", tmp_path / "runs",
+                 "--results", tmp_path / "results")  # fmt: skip
     done = umeta(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     (record,) = results.read_records("cactus", tmp_path / "results")

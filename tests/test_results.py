@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from umeta_core import results
-from umeta_core.rows import ROWS
 from umeta_core.results import compare, published, read_records, table_markdown, table_text, verdict, write_record
+from umeta_core.rows import ROWS
 
 COUNTS = {
     "cactus": {"1": 60, "2": 75, "3": 40, "4": 32, "7": 60, "8": 92, "9": 84, "10": 15, "12": 24, "App.D text": 2},
