@@ -176,6 +176,11 @@ def test_reproduce_runs_records_and_resumes(tmp_path):
     assert again.returncode == 0 and "0 of 1 runs to do" in again.stdout
     assert results.read_records("cactus", tmp_path / "results") == [record]
 
+    other = umeta(*(("knn-random-network" if a == "oracle-protonets" else a) for a in arguments))  # same table
+    assert other.returncode == 0, other.stdout + other.stderr
+    rows = {r["row"] for r in results.read_records("cactus", tmp_path / "results")}
+    assert rows == {"oracle-protonets-glyphs", "knn-random-network-glyphs"}
+
 
 def test_a_shortened_run_is_recorded_as_a_reduced_budget(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("UMETA_RESULTS", str(tmp_path))

@@ -313,7 +313,8 @@ def _snakemake(arguments, slugs: list[str], folder: Path) -> None:
         *(f"{key}={value}" for key, value in config.items() if value is not None),
     ]  # fmt: skip
     command += ["--profile", arguments.profile] if arguments.profile else []
-    command += ["--forcerun", "row"] if arguments.force else []
+    # the table always: an older one of other rows would hide that records are missing
+    command += ["--forcerun", "table", *(["row"] if arguments.force else [])]
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with _only_one(runs) as lock:
