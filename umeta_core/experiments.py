@@ -13,19 +13,21 @@ import torch
 
 from .attributes import AttributeTasks, attribute_prototypes
 from .baselines import ClusterMatching, LinearClassifier, MLPClassifier, NearestMean, NearestNeighbors, Ridge, tune
-from .data import ImageSet
+from .data import ImageSet, join
 from .episodes import MixedTasks, PartitionTasks
 from .evaluation import evaluate, evaluate_curve
+from .leo import LEO
 from .maml import MAML
 from .networks import MLP, Conv4
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
-from .rows import TEST_QUERY, Row
+from .rows import Row
 from .stages import centroids, images_of, make_partitions, vectors
 from .training import train
 
 NOTEBOOKS = REPOSITORY / "notebooks" / "experiments"
 BASELINES = ("knn", "linear", "mlp", "matching", "nearest-mean", "ridge")
+_AT_ONCE = 60_000  # vectors handled at once in tests on embeddings
 NO_TRAINING = {"step": [], "loss": [], "accuracy": [], "seconds": 0.0}
 
 # Seconds per training step and per image and test pass, for the printed plan only. Processor: measured with one thread
@@ -43,6 +45,8 @@ def build_learner(row: Row, channels: int, size: int, seed: int, features: int |
     generator = torch.Generator().manual_seed(seed)
     if row.learner == "protonets":
         return ProtoNet(Conv4(channels, size, **row.network, generator=generator), **row.options)
+    if row.learner == "leo":
+        return LEO(features, **row.options, seed=seed, generator=generator)
     if features is not None:
         network = MLP([features, *row.network["hidden"], row.way], norm="shift", std=0.01, generator=generator)
     elif row.network.get("residual"):
@@ -63,8 +67,7 @@ def untrained(row: Row, seed: int, device="cpu", scale="quick", folder=None) -> 
 
 def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
     """The row's source of training tasks; stages that it needs are made or read (see `stages`)."""
-    images = images_of(row, "train", device)
-    features = None if row.inputs == "images" else vectors(row, "train", scale, device, folder)
+    images, features = _training_images(row, scale, device, folder)
     if row.source == "attributes":
         return AttributeTasks(images, attribute_prototypes(images, sorted(images.attribute_names)[:20], row.least()))
     labelled = PartitionTasks(images, some_labels(images, row.share, seed) if row.share else None, features)
@@ -72,6 +75,14 @@ def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
         return labelled
     clusters = PartitionTasks(images, make_partitions(row, scale, seed, device, folder), features)
     return MixedTasks(labelled, clusters, row.share) if row.source == "mixed" else clusters
+
+
+def _training_images(row: Row, scale: str, device, folder) -> tuple[ImageSet, torch.Tensor | None]:
+    """The images of the row's training splits, and their vectors if the row learns on vectors."""
+    images = join([images_of(row, split, device) for split in row.train_splits])
+    if row.inputs == "images":
+        return images, None
+    return images, torch.cat([vectors(row, split, scale, device, folder) for split in row.train_splits])
 
 
 def testing_tasks(row: Row, scale: str, split="test", device="cpu", folder=None):
@@ -101,12 +112,26 @@ def train_row(row: Row, scale: str, seed: int, device="cpu", checkpoint=None, st
     learner = untrained(row, seed, device, scale, stages)
     if row.budget(scale) == 0:
         return learner, NO_TRAINING
+    early = early_stopping(row, scale, seed, device, stages) if row.validation else {}
     history = train(
         learner, training_tasks(row, scale, seed, device, stages), steps=row.budget(scale), tasks=row.tasks,
         way=row.way, shot=row.shot, query=row.query, lr=row.lr, clip=row.clip, seed=seed, device=device,
-        checkpoint=checkpoint, config={"row": row.slug, **plain(row.protocol())},
+        prepare=learner.prepare_gradients if isinstance(learner, LEO) else None,
+        checkpoint=checkpoint, config={"row": row.slug, **plain(row.protocol())}, **early,
     )  # fmt: skip
     return learner, history
+
+
+def early_stopping(row: Row, scale: str, seed: int, device="cpu", stages=None) -> dict:
+    """Arguments of `train` that keep the weights best on tasks of the validation classes, the same at every check."""
+    source, plan = testing_tasks(row, scale, "val", device, stages), row.validation
+    tasks = plan["tasks"] if scale == "full" else min(200, plan["tasks"])
+    task = {"way": row.way, "shot": row.shot, "query": plan["query"], "tasks": tasks, "seed": seed + 1}
+
+    def validate(learner) -> float:
+        return evaluate(learner, source, max_images=_AT_ONCE, **task).mean
+
+    return {"validate": validate, "validate_every": min(plan["every"], -(-row.budget(scale) // 5)), "keep_best": True}
 
 
 def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None) -> list[dict]:
@@ -116,10 +141,11 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
     """
     source = testing_tasks(row, scale, "test", device, stages)
     at_once = {"max_images": 300} if row.dataset == "imagenet" else {}
+    at_once = {"max_images": _AT_ONCE} if row.inputs == "embeddings" else at_once
     cells = []
     learner.eval()
     for way, shot in row.tests:
-        task = {"way": way, "shot": shot, "query": TEST_QUERY, "tasks": row.test_tasks[scale]}
+        task = {"way": way, "shot": shot, "query": _queries(row, shot, source), "tasks": row.test_tasks[scale]}
         if isinstance(learner, MAML):
             last = learner.test_steps
             at = sorted({*range(min(10, last)), *range(0, last, 5), last})
@@ -139,16 +165,25 @@ def measure_baseline(row: Row, scale: str, seed: int, device="cpu", stages=None)
     """Tune a baseline on labelled validation tasks, as the paper does, and test it: the cells, with the tuning."""
     test, cells = testing_tasks(row, scale, "test", device, stages), []
     for way, shot in row.tests:
-        task = {"way": way, "shot": shot, "query": TEST_QUERY, "tasks": row.test_tasks[scale]}
+        task = {"way": way, "shot": shot, "query": _queries(row, shot, test), "tasks": row.test_tasks[scale]}
         make, values = _baseline(row, scale, seed, way * shot, device, stages)
         if values:
             valid = testing_tasks(row, scale, "val", device, stages)
-            best, tried = tune(make, values, valid, seed=seed + 1, **(task | {"tasks": min(200, task["tasks"])}))
+            few = {"tasks": min(200, task["tasks"]), "query": min(task["query"], _queries(row, shot, valid))}
+            best, tried = tune(make, values, valid, seed=seed + 1, **(task | few))
             more = {"tuned": {"value": best, "validation": {str(v): round(a, 3) for v, a in tried.items()}}}
         else:
             best, more = None, {}
-        cells.append(_cell(task, evaluate(make(best), test, seed=seed, **task)) | more)
+        cells.append(_cell(task, evaluate(make(best), test, seed=seed, max_images=_AT_ONCE, **task)) | more)
     return cells
+
+
+def _queries(row: Row, shot: int, source) -> int:
+    """Queries per class of a test task: the row's number, or all other images of the smallest class."""
+    if row.test_query is not None:
+        return row.test_query
+    sizes = source.size[source.size > 0]
+    return int(sizes.min()) - shot
 
 
 def _baseline(row: Row, scale: str, seed: int, support: int, device, stages):
@@ -198,7 +233,8 @@ def run_row(
         "variant": row.variant, "dataset": row.dataset, "scale": scale, "seed": seed, "steps": row.budget(scale),
         "paper_steps": row.steps["full"], "tasks_per_step": row.tasks, "deviation": row.departs, "cells": cells,
         "seconds": round(history["seconds"], 1), "test_seconds": round(time.perf_counter() - started, 1),
-        "history": _thinned(history), "protocol": plain(row.protocol()), "notebook": notebook,
+        "history": _thinned(history), "validation": history.get("validation", []),
+        "protocol": plain(row.protocol()), "notebook": notebook,
         **embedding_record(row, scale), **origin,
     }  # fmt: skip
     write_record(record, folder)
@@ -230,12 +266,15 @@ def expected_seconds(row: Row, scale: str, device="cpu") -> float:
     """Rough seconds of one run with one thread (or one GPU), the embedding and its partitions not counted."""
     if row.learner in BASELINES:
         return 20 + 0.05 * row.test_tasks[scale] * (row.learner == "mlp")
+    if row.learner == "leo":  # one thread, 12 tasks; measured at 1 and 5 shots
+        return 15 + row.budget(scale) * (0.01 if torch.device(device).type == "cuda" else 0.005 + 0.025 * row.shot) + \
+            0.01 * row.test_tasks[scale]
     size = "large" if row.dataset in ("mini_imagenet", "celeba", "imagenet") else "small"
     per_way, per_image = _RATES[row.learner, torch.device(device).type, size]
     if row.inputs == "embeddings":
         per_way, per_image = per_way / 10, per_image / 10
     steps = row.options.get("test_steps", 1)  # an adaptation step passes the support images only
-    images = sum(way * (shot * steps + TEST_QUERY) for way, shot in row.tests)
+    images = sum(way * (shot * steps + (row.test_query or 600)) for way, shot in row.tests)
     return 15 + row.budget(scale) * per_way * row.way + row.test_tasks[scale] * images * per_image
 
 

@@ -26,6 +26,7 @@ TOLERANCE = 1.5  # percentage points: a difference this small is called reproduc
 
 # The papers' dataset names and ours. A name that is missing here is its own.
 DATASETS = {"Omniglot": "omniglot", "miniImageNet": "mini_imagenet", "MNIST": "mnist", "CelebA-attributes": "celeba",
+            "tieredImageNet": "tiered_imagenet",
             "miniImageNet (ImageNet meta-training)": "imagenet"}  # fmt: skip
 
 _NUMBER, _TEXT = (int, float), (str,)
@@ -222,7 +223,8 @@ def matches(number: dict, record: dict) -> bool:
 
 
 def _settings(variant: str) -> set:
-    return {part.strip() for part in variant.split(";") if part.strip()}
+    """The settings of a variant, "a;b: remark" -> {"a", "b"}."""
+    return {part.split(":")[0].strip() for part in variant.split(";") if part.strip()}
 
 
 def is_reduced(record: dict) -> bool:

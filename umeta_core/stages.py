@@ -41,6 +41,8 @@ def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0
         from .embeddings.deepcluster import DeepCluster as kind
     elif plan.kind == "pca":
         from .embeddings.simple import PCAPixels as kind
+    elif plan.kind == "supervised":
+        from .embeddings.supervised import Supervised as kind
     elif plan.kind == "random":
         from .embeddings.simple import RandomNetwork as kind
     else:  # ImageNet's VGG-16: too large to be trained here
@@ -106,11 +108,12 @@ def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True
     All rows and all seeds share one embedding, as in the paper. At smoke it sees about 2000 images.
     """
     plan, path = row.plan, Path(f"{stem(row, scale, folder)}.pt")
-    images = images_of(row, "train", device).images
-    model = build_embedding(plan, *images.shape[1:3]).to(device)
-    if scale == "smoke":
-        images = images[:: max(1, len(images) // 2000)]
-    model.fit(images, epochs=plan.epochs[scale], batch=plan.batch, checkpoint=path, progress=progress)
+    data = images_of(row, "train", device)
+    model = build_embedding(plan, *data.images.shape[1:3]).to(device)
+    every = max(1, len(data) // 2000) if scale == "smoke" else 1
+    labels = {"labels": data.labels[::every]} if plan.kind == "supervised" else {}
+    model.fit(data.images[::every], epochs=plan.epochs[scale], batch=plan.batch, checkpoint=path, progress=progress,
+              **labels)  # fmt: skip
     return model
 
 
@@ -132,6 +135,7 @@ def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tens
         basis = z if split == "train" else model.embed(images_of(row, "train", device).images)
         mean, matrix = pca_whitening(basis, model.d)
         z = (z - mean) @ matrix
+    z = torch.nn.functional.normalize(z, dim=1) if row.plan.normalize else z
     write_atomically({"z": z.cpu()}, path)
     return z
 

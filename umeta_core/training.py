@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import sys
@@ -30,12 +31,14 @@ def train(
     query: int,
     lr: float = 1e-3,
     clip: float | None = None,
+    prepare: Callable[[torch.Tensor], None] | None = None,
     seed: int = 0,
     device="cpu",
     checkpoint: str | Path | None = None,
     save_every: float = 120,
     validate: Callable[[nn.Module], float] | None = None,
     validate_every: int = 0,
+    keep_best: bool = False,
     log_every: int = 100,
     config: dict | None = None,
     progress: bool = True,
@@ -47,9 +50,12 @@ def train(
         source: ``sample(tasks, way, shot, query, generator) -> Episodes``.
         tasks: episodes per step, over all processes together.
         lr: of Adam; clip: bound on each entry of the gradient (CACTUs, mini-ImageNet; reference code).
+        prepare: called with the mean loss before each step of Adam, to change the gradients in place (LEO); it also
+            answers for a loss that is not finite, which then stops nothing.
         checkpoint: file to resume from if it exists and to write every `save_every` seconds and at the end. A resumed
             run continues bit-identically on the CPU.
-        validate: called every `validate_every` steps; its value goes into the history.
+        validate: called every `validate_every` steps; its value goes into the history. keep_best: at the end the
+            learner has the weights of the highest value, not the last ones (early stopping).
         config: what else must agree for a checkpoint to fit, for example the network's size.
 
     Under ``torchrun`` each process takes its share of every batch of tasks, gradients are averaged, and process 0
@@ -69,6 +75,7 @@ def train(
         dict(config or {}, tasks=tasks, way=way, shot=shot, query=query, lr=lr, clip=clip, seed=seed),
         lr,
         clip,
+        prepare,
         seed,
         device,
         checkpoint,
@@ -85,18 +92,22 @@ def train(
             report.show()
         if validate and validate_every and run.step % validate_every == 0:
             run.history["validation"].append([run.step, validate(learner)])
+            if keep_best and run.is_best():
+                run.best = copy.deepcopy(learner.state_dict())
         if checkpoint and (time.monotonic() - saved > save_every or run.step == steps):
             run.save()
             saved = time.monotonic()
     report.close()
+    if run.best is not None:
+        learner.load_state_dict(run.best)
     return run.history
 
 
 class _Run:
     """The state of a run: everything that a checkpoint holds."""
 
-    def __init__(self, learner, source, config, lr, clip, seed, device, checkpoint):
-        self.learner, self.source, self.config, self.clip = learner, source, config, clip
+    def __init__(self, learner, source, config, lr, clip, prepare, seed, device, checkpoint):
+        self.learner, self.source, self.config, self.clip, self.prepare = learner, source, config, clip, prepare
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.params = [p for p in learner.parameters() if p.requires_grad]
@@ -104,6 +115,7 @@ class _Run:
         self.step = 0
         self.history = {"step": [], "loss": [], "accuracy": [], "validation": [], "seconds": 0.0}
         self.recent: list[torch.Tensor] = []
+        self.best: dict | None = None
         self.rank, self.world = _processes()
         if self.checkpoint and self.checkpoint.exists():
             self.load()
@@ -116,13 +128,20 @@ class _Run:
         mean = torch.stack([losses.detach().mean(), accuracies.mean()])
         if self.world > 1:
             _average([p.grad for p in self.params] + [mean])
-        self.recent.append(mean)
-        if mean.device.type == "cpu":
+        self.recent.append(mean if self.prepare is None else mean.nan_to_num(0, 0, 0))
+        if self.prepare is not None:
+            self.prepare(mean[0])
+        elif mean.device.type == "cpu":
             self._check(mean)
         if self.clip is not None:
             nn.utils.clip_grad_value_(self.params, self.clip)
         self.optimizer.step()
         self.step += 1
+
+    def is_best(self) -> bool:
+        """Whether the last validation is above all before."""
+        *before, last = (value for _, value in self.history["validation"])
+        return not before or last > max(before)
 
     def _share(self, episodes: Episodes) -> Episodes:
         if self.world == 1:
@@ -160,6 +179,7 @@ class _Run:
             "config": self.config,
             "history": self.history,
             "recent": self.recent,
+            "best": self.best,
             "versions": versions(),
         }
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +207,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         self.step, self.history, self.recent = state["step"], state["history"], state["recent"]
+        self.best = state.get("best")
 
 
 class _Report:

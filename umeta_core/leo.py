@@ -1,0 +1,303 @@
+"""Latent embedding optimization (Rusu et al., 2019): adapt a low-dimensional code of a classifier's weights.
+
+All shapes are for T tasks at once; N ways, K shots, features of d = 640 and codes of n_z = 64 numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .episodes import Episodes
+from .fast_leo import QueryLoss
+from .maml import accuracy, cross_entropy
+from .networks import glorot_uniform
+
+HIDDEN = 128  # units of the relation network
+
+
+@dataclass
+class Adaptation:
+    """What adaptation did to T tasks. Codes are ``[T, N, copies, n_z]``, classifiers ``[T, N, d]``, means over copies.
+
+    `weights` has the classifier after every step: the generated one, then one per latent step, then one per step in
+    weight space; `codes` likewise, without the last. `sigma` are the standard deviations of the codes ``[T, N, 1,
+    n_z]`` and `noise` the sample that made the first codes, or None where nothing was sampled.
+    """
+
+    codes: list[Tensor]
+    weights: list[Tensor]
+    sigma: Tensor | None
+    noise: Tensor | None
+
+
+class LEO(nn.Module):
+    """Encode the support set into a code for each class, decode it into the class's weights of a linear softmax
+    classifier without bias, adapt the code by gradient descent, then the weights.
+
+    Inputs are episodes of features ``[T, N, K, d]``, of length 1 each (reference code, not in the paper).
+
+    Args:
+        features, latent: d and n_z.
+        latent_steps, weight_steps: inner steps on codes and on weights; 0 and 0 is the "conditional generator only" of
+            Table 2, 0 and 5 adds fine-tuning, 5 and 0 is "no fine-tuning".
+        stochastic: sample codes and weights in training; False is the "deterministic" row (and has no KL term).
+        prior: "encoder", or "random": codes start from N(0, I) instead of the encoder's; at test time from 0, the mean
+            ("random at test" samples there too; the paper does not say).
+        copies: sample K codes and classifiers for each class and average their logits (reference code); False: one
+            code for each class, as the paper writes it.
+        reduce: KL term and encoder penalty are a "mean" over all numbers (reference code) or a "sum" over a class's
+            code, averaged over classes (the paper's equation 6). Their weights belong to this choice.
+        dropout: probability of dropping an input feature, anew at every use (training only).
+        kl, encoder_penalty, l2, orthogonality: beta, gamma, lambda_1 and lambda_2 of equations 6 and 7.
+        latent_lr, weight_lr: initial inner step sizes; one for each of the n_z and d dimensions is meta-learned.
+        seed: of dropout and sampling.
+        generator: source of the initial weights (Glorot uniform).
+
+    The reference code has four more habits that the paper does not mention: the inner loss is the sum over the support
+    set; the deviation is max(exp(s) - (1 - offset), 1e-10), so that about half of all codes start without noise; the
+    last layer of the relation network is linear; the L2 term carries a half.
+    """
+
+    def __init__(
+        self, features=640, latent=64, *, latent_steps=5, weight_steps=5, stochastic=True, prior="encoder", copies=True,
+        reduce="mean", dropout=0.3, kl=0.001, encoder_penalty=1e-9, l2=1e-8, orthogonality=0.001, latent_lr=1.0,
+        weight_lr=0.001, seed=0, generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        if prior not in ("encoder", "random", "random at test"):
+            raise ValueError(f"prior={prior!r} is not known; use encoder, random or random at test")
+        if reduce not in ("mean", "sum"):
+            raise ValueError(f"reduce={reduce!r} is not known; use mean or sum")
+        self.features, self.latent, self.seed, self.draws = features, latent, seed, 0
+        self.latent_steps, self.weight_steps, self.copies = latent_steps, weight_steps, copies
+        self.stochastic, self.prior, self.reduce, self.dropout = stochastic, prior, reduce, dropout
+        self.kl, self.encoder_penalty, self.l2, self.orthogonality = kl, encoder_penalty, l2, orthogonality
+
+        def matrix(rows, columns):
+            return nn.Parameter(glorot_uniform((rows, columns), generator))
+
+        self.encoder = matrix(features, latent)
+        self.relation = nn.ParameterList(
+            [matrix(2 * latent, HIDDEN), matrix(HIDDEN, HIDDEN), matrix(HIDDEN, 2 * latent)]
+        )
+        self.decoder = matrix(latent, 2 * features)
+        self.latent_rate = nn.Parameter(torch.full((latent,), float(latent_lr)))
+        self.weight_rate = nn.Parameter(torch.full((features,), float(weight_lr)))
+
+    # The three maps ----------------------------------------------------------------------------------------------
+
+    def encode(self, support: Tensor, noise: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation ``[T, N, n_z]`` of each class's code from ``[T, N, K, d]``. (eq-leo-encoder)
+
+        Every ordered pair of support examples passes the relation network, an example with itself too; the class takes
+        the mean over its own examples and all partners. The first layer is split over the pair and the last, being
+        linear, comes after the mean: the same numbers for a third of the work.
+        """
+        first, second, last = self.relation
+        way, shot = support.shape[1:3]
+        e = (self._drop(support, noise) @ self.encoder).flatten(1, 2)
+        left, right = e @ first[: self.latent], e @ first[self.latent :]
+        pairs = torch.relu(left.unsqueeze(2) + right.unsqueeze(1))  # [T, NK, NK, 128]
+        pairs = torch.relu(pairs @ second)
+        statistics = pairs.mean(2).unflatten(1, (way, shot)).mean(2) @ last
+        mean, s = statistics.split(self.latent, -1)
+        return mean, deviation(s)
+
+    def decode(self, z: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        """Classifiers ``[T, N, d]`` from codes ``[T, N, copies, n_z]``, the mean over copies. (eq-leo-decoder)
+
+        With `noise`, each copy's weights are sampled, else they are the decoder's means.
+        """
+        to_mean, to_s = self.decoder.split(self.features, 1)
+        mean = z.mean(2) @ to_mean
+        if noise is None or not self.stochastic:
+            return mean
+        offset = (2 / (self.features + z.shape[1])) ** 0.5
+        sigma = deviation(z @ to_s, offset)
+        return mean + (sigma * _normal(sigma, noise)).mean(2)
+
+    def classify(self, x: Tensor, w: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        """Logits ``[T, n, N]`` of features ``[T, n, d]`` under classifiers ``[T, N, d]``. (eq-leo-predict)"""
+        return self._drop(x, noise) @ w.transpose(1, 2)
+
+    def _drop(self, x: Tensor, noise: torch.Generator | None) -> Tensor:
+        if noise is None or self.dropout == 0:
+            return x
+        return x * keep_mask(x, 1 - self.dropout, noise)
+
+    # Adaptation --------------------------------------------------------------------------------------------------
+
+    def adapt(self, support: Tensor, noise: torch.Generator | None = None, create_graph=False) -> Adaptation:
+        """Both inner loops on support features ``[T, N, K, d]``. (eq-leo-inner)
+
+        The gradient for one of C copies is 1/C of that for their mean; copies that are all alike, and the weights,
+        which only act through their mean, are kept once and move by 1/K of the step size: the same numbers.
+        """
+        shot, x = support.shape[2], support.flatten(1, 2)
+        y = torch.arange(support.shape[1], device=x.device).repeat_interleave(shot).expand(len(x), -1)
+        done = self._initial_codes(support, noise)
+        z = done.codes[0]
+        shrink = shot // z.shape[2] if self.copies else 1
+
+        def inner_loss(w):
+            return support_loss(self.classify(x, w, noise), y).sum()
+
+        w = self.decode(z, noise)
+        done.weights.append(w)
+        for _ in range(self.latent_steps):
+            (gradient,) = torch.autograd.grad(inner_loss(w), z, create_graph=create_graph)
+            z = _step(z, self.latent_rate / shrink, gradient, create_graph)
+            w = self.decode(z, noise)
+            done.codes.append(z)
+            done.weights.append(w)
+        for _ in range(self.weight_steps):
+            w = w if create_graph or w.requires_grad else w.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(inner_loss(w), w, create_graph=create_graph)
+            w = _step(w, self.weight_rate / (shot if self.copies else 1), gradient, create_graph)
+            done.weights.append(w)
+        return done
+
+    def _initial_codes(self, support: Tensor, noise: torch.Generator | None) -> Adaptation:
+        tasks, way, shot = support.shape[:3]
+        if self.prior == "encoder":
+            mean, sigma = (t.unsqueeze(2) for t in self.encode(support, noise))
+        else:
+            mean = support.new_zeros(tasks, way, 1, self.latent)
+            sigma = torch.ones_like(mean)
+        sampled = noise if self.prior != "random at test" else noise or self._noise(support, test=True)
+        if sampled is None or not self.stochastic:
+            return Adaptation([mean if mean.requires_grad else mean.requires_grad_()], [], None, None)
+        copies = shot if self.copies else 1
+        epsilon = _normal(mean.expand(-1, -1, copies, -1), sampled)
+        z = mean + sigma * epsilon
+        return Adaptation([z if z.requires_grad else z.requires_grad_()], [], sigma, epsilon)
+
+    # Learner -----------------------------------------------------------------------------------------------------
+
+    def loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Meta-loss ``[T]`` (eq-leo-meta-loss) and query accuracy ``[T]``, with dropout and sampling.
+
+        Uses the written-out derivatives of `fast_leo`, which take the mean over tasks for granted.
+        """
+        _, _, xq, yq = episodes.flat()
+        noise = self._noise(xq)
+        done = self._initial_codes(episodes.support, noise)
+        losses, logits, last = QueryLoss.apply(
+            done.codes[0], self.decoder, self.latent_rate, self.weight_rate, self, episodes.support, xq, noise
+        )
+        done.codes.append(last)
+        return losses + self.regularizers(done), accuracy(logits, yq)
+
+    def loss_reference(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """The same by automatic differentiation through every inner step."""
+        _, _, xq, yq = episodes.flat()
+        noise = self._noise(xq)
+        done = self.adapt(episodes.support, noise, create_graph=True)
+        logits = self.classify(xq, done.weights[-1], noise)
+        return cross_entropy(logits, yq) + self.regularizers(done), accuracy(logits.detach(), yq)
+
+    def regularizers(self, done: Adaptation) -> Tensor:
+        """All terms of the meta-loss but the query loss, ``[T]``: equations 6 and 7."""
+        total = self.l2 * self.l2_penalty() + self.orthogonality * self.orthogonality_of()
+        if self.prior != "encoder":
+            return total
+        total = total + self.encoder_penalty * self.penalty(done)
+        return total + self.kl * self.divergence(done) if self.stochastic else total
+
+    @torch.no_grad()
+    def predict(self, episodes: Episodes) -> Tensor:
+        """Query logits ``[T, N*Q, N]`` after both inner loops, without sampling and dropout."""
+        with torch.enable_grad():
+            done = self.adapt(episodes.support)
+        return self.classify(episodes.flat()[2], done.weights[-1])
+
+    def divergence(self, done: Adaptation) -> Tensor:
+        """One-sample estimate ``[T]`` of KL(q(z) || N(0, I)) at the first codes. (eq-leo-kl)
+
+        ``log q = -log sigma - epsilon^2 / 2`` takes the sample's own epsilon: no division by a deviation of 1e-10.
+        """
+        z = done.codes[0]
+        elements = z.square() / 2 - done.noise.square() / 2 - done.sigma.log()
+        return self._reduce(elements)
+
+    def penalty(self, done: Adaptation) -> Tensor:
+        """Squared distance ``[T]`` of the first codes to the adapted ones, taken as constants. (eq-leo-penalty)"""
+        return self._reduce((done.codes[-1].detach() - done.codes[0]).square())
+
+    def _reduce(self, elements: Tensor) -> Tensor:
+        return elements.mean((1, 2, 3)) if self.reduce == "mean" else elements.sum(3).mean((1, 2))
+
+    def l2_penalty(self) -> Tensor:
+        """Half the sum of squares of encoder, relation network and decoder; step sizes are free."""
+        return sum(p.square().sum() for p in (self.encoder, *self.relation, self.decoder)) / 2
+
+    def orthogonality_of(self) -> Tensor:
+        """Mean squared difference of the cosines of the decoder's n_z rows from the identity. (eq-leo-orthogonality)"""
+        rows = nn.functional.normalize(self.decoder, dim=1)
+        return (rows @ rows.T - torch.eye(self.latent, dtype=rows.dtype, device=rows.device)).square().mean()
+
+    def prepare_gradients(self, loss: Tensor) -> None:
+        """Clip each entry of the gradient to 0.1, then the norm of each variable's to 0.1. (LEO, App. B.4)
+
+        If the loss or a gradient is not a number, that step follows an L2 penalty of weight 1e-4 instead (reference
+        code).
+        """
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        finite = torch.stack([p.grad.sum() for p in parameters] + [loss.detach()]).isfinite().all()
+        for p in parameters:
+            p.grad = torch.where(finite, p.grad, 1e-4 * p.detach())
+            p.grad.clamp_(-0.1, 0.1)
+            p.grad.mul_(0.1 / p.grad.norm().clamp_min(0.1))
+
+    # Noise -------------------------------------------------------------------------------------------------------
+
+    def _noise(self, like: Tensor, test=False) -> torch.Generator:
+        """A new generator for each call of `loss`, on the device of `like`; each process of several has its own."""
+        rank = int(os.environ.get("RANK", 0))
+        self.draws += not test
+        return torch.Generator(like.device).manual_seed((self.seed * 1009 + rank) * 2**32 + self.draws * (not test))
+
+    def get_extra_state(self) -> dict:
+        return {"draws": self.draws}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.draws = state["draws"]
+
+
+def deviation(s: Tensor, offset: float = 0.0) -> Tensor:
+    """Standard deviation ``max(exp(s) - (1 - offset), 1e-10)``; no gradient where the bound holds. (eq-leo-deviation)
+
+    Reference code, not in the paper.
+    """
+    return (s.exp() - (1 - offset)).clamp_min(1e-10)
+
+
+def support_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Summed cross-entropy ``[T]`` of logits ``[T, n, N]``, labels ``[T, n]``. (eq-leo-support-loss)"""
+    return cross_entropy(logits, y) * y.shape[1]
+
+
+def keep_mask(x: Tensor, keep: float, noise: torch.Generator) -> Tensor:
+    """1 / keep with probability `keep`, else 0, in the shape of `x`: inverted dropout.
+
+    Four entries share one random number of 64 bits, four times as fast as one each; `keep` is rounded to 1/65536.
+    """
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=noise)
+    threshold = round(keep * 2**16) - 2**15
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) < threshold
+    return kept.to(x.dtype).mul_(1 / keep)
+
+
+def _normal(like: Tensor, noise: torch.Generator) -> Tensor:
+    return torch.empty_like(like, requires_grad=False, memory_format=torch.contiguous_format).normal_(generator=noise)
+
+
+def _step(x: Tensor, rate: Tensor, gradient: Tensor, create_graph: bool) -> Tensor:
+    """x - rate * gradient; a new leaf where nothing is to be differentiated again."""
+    if create_graph:
+        return torch.addcmul(x, rate, gradient, value=-1)
+    return torch.addcmul(x.detach(), rate.detach(), gradient, value=-1).requires_grad_()

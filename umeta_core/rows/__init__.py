@@ -1,0 +1,73 @@
+"""The rows of the papers' tables as data, and how to find one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..data import ABOUT, known
+from ..results import matches, published
+from . import cactus, leo
+from .base import Row
+from .plans import EMBEDDINGS, EmbeddingPlan, embedding_plan
+
+__all__ = ["EMBEDDINGS", "ROWS", "EmbeddingPlan", "Row", "embedding_plan", "find_row", "on_dataset", "select_rows"]
+
+ROWS = (*cactus.ROWS, *leo.ROWS)
+
+
+def on_dataset(row: Row, dataset: str) -> Row:
+    """The same experiment on another dataset that `load` knows; its slug then ends in the dataset's name."""
+    if dataset == row.dataset:
+        return row
+    split = "cactus" if dataset == "omniglot" else None
+    return replace(row, slug=f"{row.slug}-{dataset.replace('_', '-')}", dataset=dataset, split_protocol=split)
+
+
+def find_row(slug: str, dataset: str | None = None) -> Row:
+    """The row named `slug` (``oracle-maml``, or ``oracle-maml-glyphs`` for its move to another dataset).
+
+    `dataset` asks for the paper's row on that dataset, or if it has none moves the row there. ValueError lists the rows
+    there are.
+    """
+    by_slug = {row.slug: row for row in ROWS}
+    if dataset is not None:
+        known(dataset)
+        own = f"{slug}-{dataset.replace('_', '-')}"
+        slug = own if own in by_slug else slug
+    if slug in by_slug:
+        return on_dataset(by_slug[slug], dataset or by_slug[slug].dataset)
+    for place in ABOUT:
+        row = by_slug.get(slug.removesuffix(f"-{place.replace('_', '-')}"))
+        if row is not None:
+            return on_dataset(row, dataset or place)
+    raise ValueError(f"unknown row {slug!r}; rows: {', '.join(by_slug)}")
+
+
+def select_rows(paper: str, table=None, names: str | None = None, dataset: str | None = None) -> list[Row]:
+    """The rows of a paper's table, moved to `dataset` if given.
+
+    Without `names` these are the rows that the paper prints. `names`, comma-separated parts of slugs, also finds what
+    the paper lacks: more baselines and embeddings, cheaper variants (``-5way``), the mixing experiment.
+
+    Raises ValueError, naming what there is, when nothing is left.
+    """
+    numbers = published(paper)
+    rows = [row for row in ROWS if row.paper == paper]
+    if table is not None:
+        tables = {number["table"] for number in numbers} | {row.table for row in rows}
+        if str(table) not in tables:
+            raise ValueError(f"{paper} has no table {table!r}; its tables: {', '.join(sorted(tables))}")
+        numbers = [number for number in numbers if number["table"] == str(table)]
+        rows = [row for row in rows if row.table == str(table) or any(matches(n, vars(row)) for n in numbers)]
+    if names is not None:
+        rows = [row for row in rows if any(name.strip() in row.slug for name in names.split(","))]
+    elif numbers:
+        rows = [row for row in rows if not row.departs and any(matches(n, vars(row)) for n in numbers)]
+    if dataset is not None:
+        known(dataset)
+        native = [row for row in rows if row.dataset == dataset]
+        rows = native or [on_dataset(row, dataset) for row in rows if row.dataset == "omniglot"]
+    if not rows:
+        there = ", ".join(row.slug for row in ROWS if row.paper == paper) or "none yet"
+        raise ValueError(f"no row of {paper} fits; its rows: {there}")
+    return rows

@@ -1,0 +1,107 @@
+"""A row of a published table as data: what is embedded, where tasks come from, who learns, how it is tested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .plans import EmbeddingPlan, embedding_plan
+
+TEST_QUERY = 5  # per class (CACTUs, section 4.1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a published table. `method`, `embedding` and `variant` are spelled as in ``results/paper``.
+
+    `learner` is "protonets", "maml" or "leo", made with the keyword arguments `network` and `options`, or one of the
+    baselines on embeddings: "knn", "linear", "mlp", "matching", "nearest-mean", "ridge". `source` is where training
+    tasks come from: "labels", "clusters" (of the embedding, or of pixels), "hyperplanes", "random", "mixed" (clusters
+    and the labels of a share of the classes), "attributes". `clusters` and `partitions` are k and P.
+
+    `steps` maps a scale to the number of meta-training steps; "full" is the paper's. `tasks`, `way`, `shot`, `query`,
+    `lr` and `clip` are those of meta-training; `tests` are (way, shot) pairs, each measured on `test_tasks` tasks of
+    `test_query` queries per class (None: all other images of the class). `train_splits` are meta-trained on.
+    `validation` asks for early stopping: "every" so many steps on "tasks" tasks of the validation classes with "query"
+    queries per class.
+    `deviation` says where even the full run departs from the paper; such a run is never called reproduced. `fitted`
+    names the plan of the embedding if it is not the paper's (see `EMBEDDINGS`).
+    """
+
+    slug: str
+    table: str
+    method: str
+    learner: str
+    network: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+    steps: dict = field(default_factory=lambda: {"smoke": 0, "quick": 0, "full": 0})
+    tasks: int = 0
+    query: int = 0
+    variant: str = ""
+    embedding: str = ""
+    paper: str = "cactus"
+    dataset: str = "omniglot"
+    split_protocol: str | None = "cactus"
+    source: str = "labels"
+    inputs: str = "images"
+    clusters: int = 0
+    partitions: int = 0
+    margin: float | None = None
+    share: float = 0.0
+    way: int = 20
+    shot: int = 1
+    lr: float = 1e-3
+    clip: float | None = None
+    tests: tuple = ((5, 1), (5, 5), (20, 1), (20, 5))
+    test_tasks: dict = field(default_factory=lambda: {"smoke": 5, "quick": 100, "full": 1000})
+    test_query: int | None = TEST_QUERY
+    train_splits: tuple = ("train",)
+    validation: dict = field(default_factory=dict)
+    deviation: str = ""
+    fitted: str = ""
+    at_most: int | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether anything is meta-trained."""
+        return self.steps["full"] > 0
+
+    @property
+    def needs_embedding(self) -> bool:
+        return bool(self.embedding) and self.embedding != "pixels"
+
+    @property
+    def departs(self) -> str:
+        """Where the row, or the embedding under it, departs from the paper even at full scale; "" if nowhere."""
+        parts = (self.deviation, self.plan.deviation if self.needs_embedding else "")
+        return "; ".join(part for part in parts if part)
+
+    @property
+    def plan(self) -> EmbeddingPlan:
+        """How the row's embedding is fitted."""
+        return embedding_plan(self.fitted or self.embedding, self.dataset)
+
+    def budget(self, scale: str) -> int:
+        """Training steps at `scale`, or `at_most` if that is fewer; the record then says "reduced budget"."""
+        return min(self.steps[scale], self.steps[scale] if self.at_most is None else self.at_most)
+
+    def stack(self, scale: str) -> int:
+        """Partitions at `scale`: all P at full, ten at quick, two at smoke."""
+        return min(self.partitions, {"smoke": 2, "quick": 10, "full": self.partitions}[scale])
+
+    def least(self) -> int:
+        """R: images of each class in a training task."""
+        return self.shot + self.query
+
+    def protocol(self) -> dict:
+        """Every switch that moves a number, for the record."""
+        training = {"train_way": self.way, "train_shot": self.shot, "train_query": self.query, "outer_lr": self.lr}
+        training |= {} if self.clip is None else {"clip": self.clip}
+        place = {"source": self.source, "split": self.split_protocol, "test_query": self.test_query}
+        place |= {} if self.inputs == "images" else {"inputs": self.inputs}
+        place |= {"clusters": self.clusters, "partitions": self.partitions} if self.partitions else {}
+        place |= {} if self.margin is None else {"margin": self.margin}
+        place |= {"labelled_share": self.share} if self.source == "mixed" else {}
+        place |= {"train_splits": self.train_splits} if self.train_splits != ("train",) else {}
+        place |= {"validation": self.validation} if self.validation else {}
+        norm = {"batch_norm": "transductive"} if self.learner == "maml" and self.network.get("hidden") != () else {}
+        return place | (training if self.trained else {}) | self.network | norm | self.options

@@ -1,0 +1,76 @@
+"""How every embedding of the papers is fitted to every dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EmbeddingPlan:
+    """How an embedding is fitted to a dataset. `epochs` maps a scale to epochs; "full" is the paper's.
+
+    `kind` is the module of `umeta_core.embeddings`, `options` its keyword arguments. `whiten` asks for PCA whitening of
+    the vectors before they are clustered and compared (ACAI on MNIST; CACTUs, App. D), `normalize` for vectors of
+    length 1 (LEO; reference code, not in the paper). `seconds` is what one epoch took with one thread of an AMD EPYC
+    (Zen 5), for the printed plan; None where nobody has measured. `deviation` says where the full fit departs from the
+    paper.
+    """
+
+    kind: str
+    options: dict
+    epochs: dict
+    batch: int = 128
+    whiten: bool = False
+    normalize: bool = False
+    seconds: float | None = None
+    deviation: str = ""
+
+
+
+def _epochs(smoke: int, quick: int, full: int) -> dict:
+    return {"smoke": smoke, "quick": quick, "full": full}
+
+
+EMBEDDINGS = {
+    ("BiGAN", "omniglot"): EmbeddingPlan("bigan", {"d": 200}, _epochs(1, 10, 400), seconds=13.7),
+    ("BiGAN", "mnist"): EmbeddingPlan("bigan", {"d": 50}, _epochs(1, 4, 400), seconds=32),
+    ("BiGAN", "mini_imagenet"): EmbeddingPlan("conv-bigan", {"d": 200}, _epochs(1, 1, 400)),
+    ("BiGAN", "celeba"): EmbeddingPlan("conv-bigan", {"d": 200}, _epochs(1, 1, 400)),
+    ("ACAI", "omniglot"): EmbeddingPlan("acai", {}, _epochs(1, 1, 763), batch=64, seconds=55),  # 2^24 images in all
+    ("ACAI", "mnist"): EmbeddingPlan("acai", {}, _epochs(1, 1, 305), batch=64, whiten=True, seconds=140),
+    ("InfoGAN", "mnist"): EmbeddingPlan("infogan", {}, _epochs(1, 3, 50), seconds=31),
+    ("DeepCluster", "mini_imagenet"): EmbeddingPlan("deepcluster", {}, _epochs(1, 1, 200), batch=256),
+    ("DeepCluster", "celeba"): EmbeddingPlan("deepcluster", {"view": "resize"}, _epochs(1, 1, 200), batch=256),
+    # what a processor can do: not the paper's
+    ("small DeepCluster", "mini_imagenet"): EmbeddingPlan(
+        "deepcluster", {"clusters": 500, "width": 0.25, "stride": 2, "dropout": 0.0}, _epochs(1, 1, 40), batch=64,
+        seconds=60, deviation="DeepCluster of a quarter of the width, stride 2, 40 epochs"),
+    ("short ACAI", "omniglot"): EmbeddingPlan("acai", {}, _epochs(1, 1, 50), batch=64, seconds=55,
+                                              deviation="ACAI for 50 epochs"),
+    ("DeepCluster", "imagenet"): EmbeddingPlan("file", {"missing": (
+        "the ImageNet rows need the vectors of DeepCluster's VGG-16 (github.com/facebookresearch/deepcluster): put "
+        "{'z': float32 [n, 256]} with torch.save into deepcluster-imagenet-full-train.pt, -val.pt and -test.pt of the "
+        "stages folder, rows in the order of load('imagenet', split)")}, _epochs(1, 1, 500)),
+    # LEO, App. B.2: features of a classifier of the meta-training classes, 10,000 and 50,000 steps
+    ("WRN-28-10 layer-21 640-d center crop", "mini_imagenet"): EmbeddingPlan(
+        "supervised", {}, _epochs(1, 1, 270), batch=1024, normalize=True),
+    ("multi-view WRN-28-10 (Qiao et al. 2017 style)", "mini_imagenet"): EmbeddingPlan(
+        "supervised", {"views": "multi"}, _epochs(1, 1, 270), batch=1024, normalize=True),
+    ("WRN-28-10 layer-21 640-d center crop", "tiered_imagenet"): EmbeddingPlan(
+        "supervised", {"classes": 351, "drops": (0.4, 0.5, 0.6, 0.7, 0.8)}, _epochs(1, 1, 114), batch=1024,
+        normalize=True),
+    ("PCA pixels", "omniglot"): EmbeddingPlan("pca", {"d": 256}, _epochs(1, 1, 1)),
+    ("random network", "omniglot"): EmbeddingPlan("random", {}, _epochs(1, 1, 1)),
+}  # fmt: skip
+
+
+def embedding_plan(name: str, dataset: str) -> EmbeddingPlan:
+    """How `name` is fitted to `dataset`; a dataset that the paper does not have takes Omniglot's plan.
+
+    ValueError: no such embedding, or CACTUs did not use it there.
+    """
+    place = dataset if any(d == dataset for _, d in EMBEDDINGS) else "omniglot"
+    if (name, place) not in EMBEDDINGS:
+        there = ", ".join(f"{n} ({d})" for n, d in EMBEDDINGS)
+        raise ValueError(f"no plan for {name!r} on {dataset}; there are: {there}")
+    return EMBEDDINGS[name, place]
