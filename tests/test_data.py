@@ -1,5 +1,7 @@
 """Data sets: formats, protocols, where they are looked for, and what is said when they are missing or damaged."""
 
+import io
+import pickle
 import subprocess
 import sys
 import urllib.error
@@ -137,6 +139,53 @@ def test_mini_imagenet_layouts_and_pack(tmp_path, layout):
     everything = data.load("mini_imagenet", "all", path=tmp_path / "packs")
     assert len(everything) == 18 and everything.n_classes == 6
     assert torch.bincount(everything.labels).tolist() == [3] * 6
+
+
+def write_tiered_imagenet(folder):
+    """What `write_mini_imagenet` writes, in the authors' pickles; returns {split: images [6, 3, 84, 84]}."""
+    written = {}
+    for s, split in enumerate(("train", "val", "test")):
+        images, pngs = random_images(6, seed=s), []
+        for image in images:
+            buffer = io.BytesIO()
+            Image.fromarray(image.transpose(1, 2, 0)).save(buffer, "PNG")
+            pngs.append(np.frombuffer(buffer.getvalue(), np.uint8)[:, None])  # as cv2.imencode returns it
+        labels = {"label_specific": np.array([0, 0, 0, 1, 1, 1], np.int32), "label_specific_str": ["crane", "crate"],
+                  "label_general": np.zeros(6, np.int32), "label_general_str": ["things"]}
+        (folder / f"{split}_images_png.pkl").write_bytes(pickle.dumps(pngs, 2))
+        (folder / f"{split}_labels.pkl").write_bytes(pickle.dumps(labels, 2))
+        written[split] = images
+    return written
+
+
+def test_tiered_imagenet_layouts(tmp_path):
+    (tmp_path / "pickles").mkdir()
+    written = write_tiered_imagenet(tmp_path / "pickles")
+    for split in ("train", "val", "test"):
+        images = data.load("tiered_imagenet", split, path=tmp_path / "pickles")
+        assert np.array_equal(images.images, written[split]) and images.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert images.class_names == ["crane", "crate"] and images.labels.dtype == torch.int64
+    write_mini_imagenet(tmp_path / "folders", "folders")
+    for s, split in enumerate(("train", "val", "test")):
+        images = data.load("tiered_imagenet", split, path=tmp_path / "folders")
+        assert images.images.shape == (6, 3, 84, 84) and images.class_names == [f"n{s}{c:07d}" for c in range(2)]
+    everything = data.load("tiered_imagenet", "all", path=tmp_path / "folders")
+    assert everything.n_classes == 6 and torch.bincount(everything.labels).tolist() == [3] * 6
+    assert [line["ok"] for line in data.check("tiered_imagenet", tmp_path / "folders")] == [False] * 3
+    assert sum(n for _, n in data.COUNTS["tiered_imagenet"].values()) == 779165
+
+
+def test_damaged_tiered_imagenet(tmp_path):
+    write_tiered_imagenet(tmp_path)
+    labels = tmp_path / "val_labels.pkl"
+    short = pickle.loads(labels.read_bytes()) | {"label_specific": np.zeros(5, np.int32)}
+    labels.write_bytes(pickle.dumps(short, 2))
+    with pytest.raises(ValueError, match="6 images and val_labels.pkl 5 labels"):
+        data.load("tiered_imagenet", "val", path=tmp_path)
+    images = tmp_path / "test_images_png.pkl"
+    images.write_bytes(images.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="test_images_png.pkl is truncated or corrupt"):
+        data.load("tiered_imagenet", "test", path=tmp_path)
 
 
 def test_imagenet_is_split_by_class_and_read_from_its_file(tmp_path):
@@ -516,7 +565,8 @@ def test_missing_data_names_what_where_and_how(name, no_data, cache, tmp_path, m
     with pytest.raises(FileNotFoundError) as error:
         data.load(name, download=False)
     message = str(error.value)
-    assert message.startswith(f"{name} (train) not found: looked for {name}")
+    file = next(iter(data.required(name, "train").values()))[0]
+    assert message.startswith(f"{name} (train) not found: looked for {file}")
     assert str(tmp_path / "mine" / name) in message and str(cache / name) in message and "To get it:" in message
     with pytest.raises(FileNotFoundError, match=f"{name}.* not found"):
         data.check(name)

@@ -78,6 +78,16 @@ ABOUT = {
          "and follow https://github.com/yaoyao-liu/mini-imagenet-tools to cut out the 60,000 images",
          "put the CSVs and the folder images/ (or folders train/ val/ test/ of class folders) into {home}",
          "umeta data pack mini_imagenet {home} makes compact files of them (optional)")),
+    "tiered_imagenet": About(
+        "608 ImageNet classes, 779,165 photographs at 84x84, split by category: 351, 97, 160 (Ren et al. 2018)", 84,
+        "ImageNet terms of access: non-commercial research and education only",
+        {"pickles": ("{split}_images_png.pkl", "{split}_labels.pkl"), "folders": ("{split}",)},
+        ("sign up at https://image-net.org, whose terms hold for this part too",
+         "download tiered-imagenet.tar (12.9 GB), see https://github.com/renmengye/few-shot-ssl-public",
+         "and unpack it so that train_images_png.pkl, train_labels.pkl and so on lie in {home}",
+         "or make folders train/ val/ test/ of class folders in {home} from ILSVRC2012_img_train.tar",
+         "with https://github.com/yaoyao-liu/tiered-imagenet-tools",
+         "the images are decoded once, into files of 16.5 GB in the cache folder ($UMETA_CACHE)")),
     "imagenet": About(
         "1000 classes, 1.28 million photographs at 224x224 (ILSVRC 2012); val and test are those of mini-ImageNet", 224,
         "ImageNet terms of access: non-commercial research and education only",
@@ -114,19 +124,20 @@ ABOUT = {
 def load(name, split="train", *, path=None, size=None, protocol=None, device="cpu", part="both", download=True):
     """Load a data set as an ImageSet.
 
-    name: "glyphs" (built in), "omniglot", "mini_imagenet", "imagenet", "mnist", "fashion_mnist", "cifar10", "celeba" or
-        "digits".
+    name: "glyphs" (built in), "omniglot", "mini_imagenet", "tiered_imagenet", "imagenet", "mnist", "fashion_mnist",
+        "cifar10", "celeba" or "digits".
     split: "train", "val", "test", or "all" (everything; Omniglot then without rotations).
     path: folder (or one of the files in it) to read from. Without it the data set is looked for in $UMETA_DATA, then in
         the cache folder (`umeta_core.packs.cache_folder`), then torchvision downloads it there, unless download=False.
     size: height and width in pixels; other than the data set's own, images are resized (antialiased bilinear).
-        Omniglot and glyphs have 28 and 105, mini-ImageNet and CelebA 84, MNIST 28, CIFAR-10 32, digits 8. ImageNet has
-        224 and is not resized: it does not fit memory and stays in its file (ImageSet.mapped).
+        Omniglot and glyphs have 28 and 105, mini-ImageNet, tieredImageNet and CelebA 84, MNIST 28, CIFAR-10 32, digits
+        8. ImageNet has 224 and is not resized: it does not fit memory and stays in its file (ImageSet.mapped). A split
+        of tieredImageNet at 84 stays in its file too, until it is moved to a GPU (9.5 GB to train on); "all" does not.
     protocol: Omniglot only: "cactus" (default), "lasium", "meta_gmvae" or "vinyals": `umeta_core.omniglot`.
     part: CelebA packs only: "identity" (many faces a person), "aligned" (mostly one) or "both".
 
     Validation is the last 5000 training images of MNIST and Fashion-MNIST (CACTUs appendix D), the last tenth of each
-    class of CIFAR-10 (a copy may be sorted by class); mini-ImageNet and CelebA have their official split; ImageNet's
+    class of CIFAR-10 (a copy may be sorted by class); mini- and tieredImageNet and CelebA have their own; ImageNet's
     training images are split by class: 16 and 20 as in mini-ImageNet, 964 to train on (CACTUs appendix G); digits are
     cut 60/20/20 within each class. In every data set of drawings ink is 255.
     Raises ValueError for an unknown name, split, protocol or part and for a damaged file, FileNotFoundError (what was
@@ -151,9 +162,9 @@ def load(name, split="train", *, path=None, size=None, protocol=None, device="cp
         if protocol not in omniglot.PROTOCOLS:
             raise ValueError(f"unknown Omniglot protocol {protocol!r}: choose from {', '.join(omniglot.PROTOCOLS)}")
         loaded = omniglot.load(*find(name, split, path, part, download), split, protocol, size)
-    elif name == "mini_imagenet":
+    elif name in ("mini_imagenet", "tiered_imagenet"):
         wanted = SPLITS[:3] if split == "all" else (split,)
-        loaded = readers.mini_imagenet({each: find(name, each, path) for each in wanted})
+        loaded = readers.part_of_imagenet(name, {each: find(name, each, path) for each in wanted})
     elif name == "imagenet":
         loaded = readers.imagenet(find(name, split, path)[0], split)
     elif name == "celeba":
@@ -163,6 +174,19 @@ def load(name, split="train", *, path=None, size=None, protocol=None, device="cp
     images, labels, class_names, superclasses, *rest = loaded
     images = packs.resize(images, size)
     return ImageSet(images, labels, class_names, superclasses, name, split, *rest, mapped=name == "imagenet").to(device)
+
+
+def join(sets):
+    """Several splits of one data set as one ImageSet; classes are numbered on (splits of classes, not of images)."""
+    if len(sets) == 1:
+        return sets[0]
+    first, starts = sets[0], torch.tensor([0] + [s.n_classes for s in sets]).cumsum(0).tolist()
+    return replace(
+        first, images=torch.cat([s.images for s in sets]),
+        labels=torch.cat([s.labels + start for s, start in zip(sets, starts)]),
+        class_names=[name for s in sets for name in s.class_names],
+        superclasses=[name for s in sets for name in s.superclasses], split="+".join(s.split for s in sets),
+    )  # fmt: skip
 
 
 def known(name):
@@ -263,6 +287,7 @@ SHA256 = {
 COUNTS = {
     "omniglot": {"all": (1623, 32460)},
     "mini_imagenet": {"train": (64, 38400), "val": (16, 9600), "test": (20, 12000)},
+    "tiered_imagenet": {"train": (351, 448695), "val": (97, 124261), "test": (160, 206209)},
     "imagenet": {"all": (1000, 1281167)},
     "mnist": {"train": (10, 55000), "val": (10, 5000), "test": (10, 10000)},
     "fashion_mnist": {"train": (10, 55000), "val": (10, 5000), "test": (10, 10000)},

@@ -139,7 +139,7 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
 
     The test tasks are drawn from `seed`, so all rows of one seed meet the same tasks and seeds are independent.
     """
-    source = testing_tasks(row, scale, "test", device, stages)
+    source = testing_tasks(row, scale, row.test_split, device, stages)
     at_once = {"max_images": 300} if row.dataset == "imagenet" else {}
     at_once = {"max_images": _AT_ONCE} if row.inputs == "embeddings" else at_once
     cells = []
@@ -221,6 +221,7 @@ def run_row(
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; scales: {', '.join(SCALES)}")
     origin = provenance(device)  # before the run: the code that is about to be executed
+    row = row.configuration(seed)
     if row.learner in BASELINES:
         history, started = NO_TRAINING, time.perf_counter()
         cells = measure_baseline(row, scale, seed, device, stages)

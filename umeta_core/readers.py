@@ -6,6 +6,7 @@ attributes and their names. `layout` names one of the layouts of `umeta_core.dat
 
 import csv
 import hashlib
+import io
 import os
 import re
 
@@ -114,17 +115,22 @@ def read_vision(name, folder, layout, part):
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), list(map(str, names))
 
 
-def mini_imagenet(places):
-    """64/16/20 classes of 600 photographs, in the CSV's order. places: {split: (folder, layout)} of those wanted."""
+def part_of_imagenet(name, places):
+    """mini- or tieredImageNet, in the order of the CSV or the files. places: {split: (folder, layout)} of those wanted.
+
+    64/16/20 classes of 600 photographs; 351/97/160 classes of 732 to 1300.
+    """
     images, labels, names = [], [], []
     for split, (folder, layout) in places.items():
         if layout == "pack":
             file = folder / f"mini_imagenet_{split}.npz"
             numbers, classes = packs.read_archive(file, "labels", "class_names")
             decoded = packs.decode_pack(file, 84)
+        elif layout == "pickles":
+            decoded, numbers, classes = tiered_pickles(folder, split)
         else:
-            files, numbers, classes = mini_imagenet_files(folder, layout, split)
-            decoded = packs.decode_files(files, 84, f"mini_imagenet_{split}")
+            files, numbers, classes = part_of_imagenet_files(name, folder, layout, split)
+            decoded = packs.decode_files(files, 84, f"{name}_{split}")
         images.append(torch.from_numpy(decoded))
         labels.append(torch.from_numpy(np.asarray(numbers, dtype=np.int64)) + len(names))
         names += map(str, classes)
@@ -132,7 +138,27 @@ def mini_imagenet(places):
     return images[0] if len(images) == 1 else torch.cat(images), torch.cat(labels), names, []
 
 
-def mini_imagenet_files(folder, layout, split):
+def tiered_pickles(folder, split):
+    """(images, labels, class names) of one split of the authors' tieredImageNet: a list of PNGs, a dict of labels.
+
+    The list is held in memory while it is decoded, the first time (7 GB to train on).
+    """
+    from .pickles import read_pickle
+
+    images, labels = folder / f"{split}_images_png.pkl", read_pickle(folder / f"{split}_labels.pkl")
+    numbers, classes = labels["label_specific"], labels["label_specific_str"]
+
+    def fill(array):
+        pngs = read_pickle(images)
+        if len(pngs) != len(array):
+            raise ValueError(f"{images} has {len(pngs)} images and {split}_labels.pkl {len(array)} labels: "
+                             "get both again")
+        packs.decode(lambda i: io.BytesIO(np.asarray(pngs[i]).tobytes()), array, f"tiered_imagenet_{split}")
+
+    return packs.cached_array(f"tiered_imagenet_{split}", [images], (len(numbers), 3, 84, 84), fill), numbers, classes
+
+
+def part_of_imagenet_files(name, folder, layout, split):
     """(files, labels, class names) of one split: a CSV (filename,label) with images/, or a folder for each class."""
     if layout == "csv":
         with open(folder / f"{split}.csv", newline="") as file:
@@ -143,8 +169,8 @@ def mini_imagenet_files(folder, layout, split):
     absent = [file for file, _ in rows if not file.exists()]
     if absent or not rows:
         first = f" (first: {absent[0]})" if absent else ""
-        raise FileNotFoundError(f"mini_imagenet {split} in {folder}: {len(rows)} images are named, {len(absent)} of "
-                                f"them are not there{first}: put all of them in place")
+        raise FileNotFoundError(f"{name} {split} in {folder}: {len(rows)} images are named, {len(absent)} of them are "
+                                f"not there{first}: put all of them in place")
     classes = list(dict.fromkeys(label for _, label in rows))
     number = {label: i for i, label in enumerate(classes)}
     return [file for file, _ in rows], [number[label] for _, label in rows], classes
@@ -152,7 +178,7 @@ def mini_imagenet_files(folder, layout, split):
 
 def pack_mini_imagenet(folder, layout, split, out):
     """Write the JPEG pack of one split from images at their places; returns its path."""
-    files, labels, classes = mini_imagenet_files(folder, layout, split)
+    files, labels, classes = part_of_imagenet_files("mini_imagenet", folder, layout, split)
     path = out / f"mini_imagenet_{split}.npz"
     packs.encode_pack(path, packs.decode_files(files, 84, path.stem), labels=np.array(labels, np.int16),
                       wnids=np.array(classes), class_names=np.array(classes),

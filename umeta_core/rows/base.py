@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import random
+from dataclasses import dataclass, field, replace
 
 from .plans import EmbeddingPlan, embedding_plan
 
@@ -23,6 +24,10 @@ class Row:
     `test_query` queries per class (None: all other images of the class). `train_splits` are meta-trained on.
     `validation` asks for early stopping: "every" so many steps on "tasks" tasks of the validation classes with "query"
     queries per class.
+
+    `search` makes the row a random search: the seed draws a configuration (see `configuration`), which is trained and
+    then measured on the validation classes, so that a record is a trial. It maps "lr" or an option's name to (kind,
+    least, most) with kind "log" or "uniform".
     `deviation` says where even the full run departs from the paper; such a run is never called reproduced. `fitted`
     names the plan of the embedding if it is not the paper's (see `EMBEDDINGS`).
     """
@@ -56,6 +61,7 @@ class Row:
     test_query: int | None = TEST_QUERY
     train_splits: tuple = ("train",)
     validation: dict = field(default_factory=dict)
+    search: dict = field(default_factory=dict)
     deviation: str = ""
     fitted: str = ""
     at_most: int | None = None
@@ -74,6 +80,19 @@ class Row:
         """Where the row, or the embedding under it, departs from the paper even at full scale; "" if nowhere."""
         parts = (self.deviation, self.plan.deviation if self.needs_embedding else "")
         return "; ".join(part for part in parts if part)
+
+    def configuration(self, seed: int) -> Row:
+        """The row itself, or the trial that `seed` draws, always the same."""
+        drawn, source = {}, random.Random(seed)
+        for name, (kind, least, most) in self.search.items():
+            u = source.random()
+            drawn[name] = least * (most / least) ** u if kind == "log" else least + (most - least) * u
+        lr = drawn.pop("lr", self.lr)
+        return replace(self, lr=lr, options=self.options | drawn)
+
+    @property
+    def test_split(self) -> str:
+        return "val" if self.search else "test"
 
     @property
     def plan(self) -> EmbeddingPlan:

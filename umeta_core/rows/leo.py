@@ -89,4 +89,22 @@ def _small(row: Row) -> Row:
 
 _ON_CENTER_CROPS = [row for row in _PUBLISHED if row.dataset == "mini_imagenet" and row.embedding == FEATURES]
 
-ROWS = (*_PUBLISHED, *(_small(row) for row in _ON_CENTER_CROPS))
+_RANGES = dict(lr=("log", 1e-4, 1e-2), l2=("log", 1e-10, 1e-4), orthogonality=("log", 1e-3, 1e2),
+               dropout=("uniform", 0.0, 0.6), kl=("log", 1e-3, 3.0), encoder_penalty=("log", 1e-9, 1e-1))  # fmt: skip
+_META_SGD_RANGES = dict(lr=("log", 1e-4, 1e-1), inner_lr=("log", 0.1, 100.0))
+
+
+def _search(row: Row) -> Row:
+    """Trials of the paper's random search: drawn by the seed, trained shortly without the validation classes."""
+    ranges = _META_SGD_RANGES if row.learner == "maml" else _RANGES
+    return replace(row, slug=f"{row.slug}-search", table="search", variant=f"random search; {row.variant}",
+                   train_splits=("train",), search=ranges, steps={"smoke": 3, "quick": 300, "full": 5000},
+                   test_tasks=row.test_tasks | {"full": 2000})  # fmt: skip
+
+
+_SMALL = [_small(row) for row in _ON_CENTER_CROPS]
+
+ROWS = (
+    *_PUBLISHED, *_SMALL,
+    *(_search(row) for row in (*_ON_CENTER_CROPS, *_SMALL) if row.trained and row.table in ("1", "2")),
+)  # fmt: skip
