@@ -79,6 +79,14 @@ def test_the_plan_of_a_table(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("rows", ["scratch", "bigan"])
+def test_the_columns_of_a_plan_are_aligned(rows, capsys, tmp_path):
+    assert main(["reproduce", "cactus", "--rows", rows, "--dry-run", "--results", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()[:-1]
+    assert {line.index(" steps  ") for line in lines} == {lines[0].index(" steps  ")}
+    assert lines[0].index("quick") == 2 + max(len(line.split()[0]) for line in lines)
+
+
 def test_the_list_of_rows(capsys, tmp_path):
     assert main(["reproduce", "cactus", "--table", "8", "--list", "--results", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()

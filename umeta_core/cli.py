@@ -271,7 +271,7 @@ def _print_plan(arguments, rows, folder: Path) -> None:
     """One line per run with the time it will take, and the sum."""
     from .experiments import expected_seconds
 
-    todo = []
+    todo, width = [], max(len(row.slug) for row in rows)
     for row in rows:
         seconds = expected_seconds(row, arguments.scale, arguments.device)
         for seed in arguments.seeds:
@@ -279,7 +279,8 @@ def _print_plan(arguments, rows, folder: Path) -> None:
             done = record.exists() and not arguments.force
             todo += [] if done else [seconds]
             state = "done" if done else _duration(seconds)
-            print(f"{row.slug:28} {arguments.scale:6} seed {seed}  {row.steps[arguments.scale]:>7,} steps  {state}")
+            name, steps = f"{row.slug:{width}}", row.steps[arguments.scale]
+            print(f"{name}  {arguments.scale:6} seed {seed}  {steps:>7,} steps  {state}")
     total = None if None in todo else sum(todo)
     runs = len(rows) * len(arguments.seeds)
     print(f"{len(todo)} of {runs} runs to do on {arguments.device}; one after another {_duration(total)}", flush=True)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .leo import LEO, deviation
 from .networks import glorot_uniform
 
 WIDTH = 40  # hidden units of the generated network 1-40-40-1
@@ -131,7 +132,7 @@ class LEORegression(nn.Module):
         gamma: weight of the encoder penalty, mean over the dimensions.
         l2: lambda_1, of half the sum of squares of all weights; orthogonality: lambda_2, see
             `orthogonality_penalty`.
-        code_offset, weight_offset: standard deviations at an output of 0, see `standard_deviation`.
+        code_offset, weight_offset: standard deviations where the network says 0, see `leo.deviation`.
         generator: source of the initial weights.
     """
 
@@ -177,12 +178,12 @@ class LEORegression(nn.Module):
         for weight in middle:
             pairs = F.relu(pairs @ weight)
         mean, s = (pairs.mean((1, 2)) @ last).chunk(2, -1)
-        return mean, standard_deviation(s, self.code_offset)
+        return mean, deviation(s, self.code_offset)
 
     def decode(self, z: Tensor, noise: Tensor) -> Tensor:
         """Weights ``[T, 1761]`` sampled for codes ``[T, 16]`` with standard normal noise ``[T, 1761]``."""
         mean, s = mlp(z, self.decoder).chunk(2, -1)
-        return torch.addcmul(mean, standard_deviation(s, self.weight_offset), noise)
+        return torch.addcmul(mean, deviation(s, self.weight_offset), noise)
 
     def noise(self, tasks: int, generator: torch.Generator) -> Noise:
         """All the noise of one adaptation of `tasks` tasks."""
@@ -237,6 +238,8 @@ class LEORegression(nn.Module):
             total = total + self.orthogonality * sum(orthogonality_penalty(w) for w in self.decoder)
         return total
 
+    prepare_gradients = LEO.prepare_gradients  # the clipping and the rule for NaN are the classifier's
+
     def predict(
         self, batch: Regression, x: Tensor, samples: int, generator: torch.Generator, steps: int | None = None
     ) -> Tensor:
@@ -268,11 +271,6 @@ def mlp(x: Tensor, weights) -> Tensor:
     return x @ weights[-1]
 
 
-def standard_deviation(s: Tensor, offset: float) -> Tensor:
-    """``max(exp(s) - (1 - offset), 1e-10)``: `offset` at s = 0, no gradient at the bound (the released code's form)."""
-    return F.threshold(s.exp() - (1 - offset), 1e-10, 1e-10)  # is max(., 1e-10), with the faster derivative
-
-
 def network(weights: Tensor, x: Tensor) -> Tensor:
     """T generated networks 1-40-40-1: weights ``[T, 1761]`` and x ``[T, n]`` to ``[T, n]``."""
     w1, b1, w2, b2, w3, b3 = weights.split(LAYOUT, 1)
@@ -297,17 +295,23 @@ def orthogonality_penalty(weight: Tensor) -> Tensor:
     return (rows @ rows.T - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)).square().mean()
 
 
-def family_of(curves: Tensor, x: Tensor) -> Tensor:
-    """Is a curve nearer to a line than to a sine? curves ``[..., n]`` at x ``[n]`` -> bool ``[...]``, True for a line.
+def distances(curves: Tensor, x: Tensor) -> Tensor:
+    """Root mean squared distance of curves ``[..., n]`` at x ``[n]`` to the nearest line and sine, ``[2, ...]``.
 
-    Nearer in least squares, over all lines and all sines of frequency 1: two free numbers each, whose ranges are not
-    bounded, so that neither family is favored.
+    By least squares over all lines and all sines of frequency 1: two free numbers each, whose ranges are not bounded,
+    so that neither family is favored.
     """
     left = []
     for line in (True, False):
         q, _ = torch.linalg.qr(basis(x, line).to(curves.dtype))
-        left.append((curves - curves @ q @ q.T).square().sum(-1))
-    return left[0] < left[1]
+        left.append((curves - curves @ q @ q.T).square().mean(-1).sqrt())
+    return torch.stack(left)
+
+
+def family_of(curves: Tensor, x: Tensor) -> Tensor:
+    """Whether curves ``[..., n]`` at x ``[n]`` are nearer to a line than to a sine, bool ``[...]``."""
+    line, sine = distances(curves, x)
+    return line < sine
 
 
 def _errors(features: Tensor, y: Tensor, coefficients: Tensor) -> Tensor:
@@ -328,11 +332,11 @@ class ExactPosterior:
     compares all T tasks with all curves.
 
     Args:
-        batch: T tasks; memory is T megabytes for the default grid.
+        batch: T tasks; memory is T / 4 megabytes for the default grid (its error: below 0.001 in `line`).
         noise: as in `RegressionTasks`.
     """
 
-    def __init__(self, batch: Regression, noise: float = 0.3, grid: int = 256):
+    def __init__(self, batch: Regression, noise: float = 0.3, grid: int = 128):
         x, y = batch.support_x.double(), batch.support_y.double()
         u = (torch.arange(grid, device=x.device, dtype=x.dtype) + 0.5) / grid
         u = torch.cartesian_prod(u, u)
@@ -356,28 +360,59 @@ class ExactPosterior:
         return picked < self.weights.shape[2], self.coefficients.flatten(0, 1)[picked]
 
 
-def both_families(lines: Tensor, belief: Tensor, low: float = 0.2, share: float = 0.1) -> dict[str, float]:
+def ambiguous_tasks(
+    source: RegressionTasks, tasks: int, generator: torch.Generator, low: float = 0.2, query: int = 15
+) -> tuple[Regression, Tensor]:
+    """5-shot tasks to which the exact posterior gives both families at least `low`, and the belief in a line ``[T]``.
+
+    One task in 60 is ambiguous at low = 0.2; drawing goes on until there are enough.
+    """
+    if source.share in (0.0, 1.0) or not 0 < low < 0.5:
+        raise ValueError(f"no task is ambiguous with family share {source.share} and low={low}; use both and 0 to 0.5")
+    found, beliefs, count = [], [], 0
+    while count < tasks:
+        batch = source.sample(200, 1, 5, query, generator)
+        belief = ExactPosterior(batch, source.noise).line
+        keep = torch.minimum(belief, 1 - belief) >= low
+        found.append(batch[keep])
+        beliefs.append(belief[keep])
+        count += int(keep.sum())
+    return join(found)[:tasks], torch.cat(beliefs)[:tasks]
+
+
+def join(batches: list[Regression]) -> Regression:
+    """One batch of several."""
+    parts = ("support_x", "support_y", "query_x", "query_y", "line", "coefficients")
+    joined = (torch.cat([getattr(b, name) for b in batches]) for name in parts)
+    return Regression(*joined, batches[0].generator)
+
+
+def both_families(away: Tensor, belief: Tensor, low=0.2, share=0.1, near=0.5) -> dict[str, float]:
     """The number behind LEO's Fig. 3 c, d: do samples of ambiguous tasks come from both families?
 
     A task is ambiguous if the exact posterior gives each family at least `low`; it is answered with both families if
-    each has at least `share` of the samples. A perfect sampler with 100 samples answers nearly all ambiguous tasks with
-    both.
+    each has at least `share` of the samples. Of 100 samples of the exact posterior itself, nearly all ambiguous tasks
+    are answered with both.
 
     Args:
-        lines: `family_of` the sampled functions, bool ``[samples, T]``.
+        away: `distances` of the sampled functions, ``[2, samples, T]``; a sample belongs to the family that is nearer,
+            and to none if that is farther than `near`.
         belief: `ExactPosterior.line`, ``[T]``.
 
     Returns:
         ``ambiguous``: number of ambiguous tasks; ``both``: share of them answered with both (NaN if there are none);
-        ``both_elsewhere``: the same share of the other tasks; ``error``: mean absolute difference between the share of
-        lines among the samples and `belief`, all tasks.
+        ``both_elsewhere``: the same share of the other tasks; ``none``: share of samples that belong to no family;
+        ``error``: mean absolute difference between `belief` and the share of lines, over all tasks.
     """
-    says = lines.to(belief.dtype).mean(0)
+    line = away[0] < away[1]
+    close = away.amin(0) <= near
+    says = torch.stack([line & close, ~line & close]).to(belief.dtype).mean(1)  # [2, T]
     ambiguous = torch.minimum(belief, 1 - belief) >= low
-    both = (torch.minimum(says, 1 - says) >= share).to(belief.dtype)
+    both = (says.amin(0) >= share).to(belief.dtype)
     return {
         "ambiguous": int(ambiguous.sum()),
         "both": both[ambiguous].mean().item(),
         "both_elsewhere": both[~ambiguous].mean().item(),
-        "error": (says - belief).abs().mean().item(),
+        "none": 1 - says.sum(0).mean().item(),
+        "error": (line.to(belief.dtype).mean(0) - belief).abs().mean().item(),
     }

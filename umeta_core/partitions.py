@@ -86,28 +86,37 @@ def cluster_partitions(
     sizable = least + 1 if sizable is None else sizable
     wanted = _sizable_wanted(len(z), k, enough, sizable)
     scalings = random_scalings(partitions, z.shape[1], generator)
-    labels = torch.empty(partitions, len(z), dtype=label_type(k), device=z.device)
-    big = torch.full((partitions,), -1, device=z.device)  # sizable clusters of the best attempt so far
-    todo, together = torch.arange(partitions, device=z.device), 1
-    if z.is_cuda:
-        together = max(1, BATCH // (len(z) * restarts * _trials(k)))
-    for _ in range(1 + reruns):
-        for part in _watched(todo.split(together), progress):
-            found = _cluster(z, k, scalings[part], generator, iterations, tol, restarts).to(labels.dtype)
-            count = (class_sizes(found, k) >= sizable).sum(1)
-            better = count > big[part]
-            labels[part[better]], big[part[better]] = found[better], count[better]
-        todo = (big < wanted).nonzero().squeeze(1)
-        if not len(todo):
-            break
-    else:
+    together = max(1, BATCH // (len(z) * restarts * _trials(k))) if z.is_cuda else 1
+
+    def attempt(which):
+        """New clusterings of some partitions, and how many sizable clusters each has."""
+        chunks = _watched(which.split(together), progress)
+        found = [_cluster(z, k, scalings[c], generator, iterations, tol, restarts).to(label_type(k)) for c in chunks]
+        labels = torch.cat(found)
+        return labels, (class_sizes(labels, k) >= sizable).sum(1)
+
+    labels, count = _best_attempts(attempt, torch.arange(partitions, device=z.device), wanted, reruns)
+    if int(count.min()) < wanted:
         warnings.warn(
-            f"{len(todo)} of {partitions} partitions have at most {100 * enough:g} % clusters of {sizable} or more "
-            f"members after {reruns} re-runs (worst: {int(big.min())} of {k}); the best attempts are kept. "
-            "Fewer clusters would be larger.",
+            f"{int((count < wanted).sum())} of {partitions} partitions have at most {100 * enough:g} % clusters of "
+            f"{sizable} or more members after {reruns} re-runs (worst: {int(count.min())} of {k}); the best attempts "
+            "are kept. Fewer clusters would be larger.",
             stacklevel=2,
         )
     return prune(labels, k, least, way)
+
+
+def _best_attempts(attempt, todo: Tensor, wanted: int, reruns: int) -> tuple[Tensor, Tensor]:
+    """Labels ``[P, n]`` with the most sizable clusters, and how many ``[P]``; fewer than `wanted` is tried again."""
+    labels, count = attempt(todo)
+    for _ in range(reruns):
+        todo = (count < wanted).nonzero().squeeze(1)
+        if not len(todo):
+            break
+        again, more = attempt(todo)
+        better = more > count[todo]
+        labels[todo[better]], count[todo[better]] = again[better], more[better]
+    return labels, count
 
 
 def _sizable_wanted(n, k, enough, sizable) -> int:

@@ -59,6 +59,10 @@ EMBEDDINGS = {
     ("WRN-28-10 layer-21 640-d center crop", "tiered_imagenet"): EmbeddingPlan(
         "supervised", {"classes": 351, "drops": (0.4, 0.5, 0.6, 0.7, 0.8)}, _epochs(1, 1, 114), batch=1024,
         normalize=True),
+    ("small features", "mini_imagenet"): EmbeddingPlan(
+        "supervised", {"depth": 16, "width": 4, "input": 40, "dropout": 0.0, "autocast": True, "area": 0.5,
+                       "color": 0.2}, _epochs(1, 1, 30), batch=128, normalize=True, seconds=115,
+        deviation="features of a WRN-16-4 at 40x40 pixels"),
     ("PCA pixels", "omniglot"): EmbeddingPlan("pca", {"d": 256}, _epochs(1, 1, 1)),
     ("random network", "omniglot"): EmbeddingPlan("random", {}, _epochs(1, 1, 1)),
 }  # fmt: skip
