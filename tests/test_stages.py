@@ -26,7 +26,9 @@ def test_every_row_has_a_plan_for_its_embedding():
 
 def test_plans_build_embeddings_of_the_published_width():
     sizes = {"omniglot": (1, 28, 5), "mnist": (1, 28, 5), "mini_imagenet": (3, 84, 5), "celeba": (3, 84, 5)}
-    widths = {"ACAI": 256, "DeepCluster": 256, "InfoGAN": 12, "PCA pixels": 256, "random network": 256}
+    sizes |= {"tiered_imagenet": (3, 84, 5), "glyphs": (1, 28, 5)}
+    widths = {"ACAI": 256, "DeepCluster": 256, "InfoGAN": 12, "PCA pixels": 256, "random network": 256,
+              "features": 256}  # fmt: skip
     for (name, dataset), plan in EMBEDDINGS.items():
         if plan.kind == "file":
             with pytest.raises(FileNotFoundError, match="need the vectors of DeepCluster's VGG-16"):
@@ -34,7 +36,29 @@ def test_plans_build_embeddings_of_the_published_width():
             continue
         channels, size, _ = sizes[dataset]
         width = stages.build_embedding(plan, channels, size).d
-        assert width == widths.get(name.split()[-1] if plan.deviation else name, 50 if dataset == "mnist" else 200)
+        usual = 640 if "WRN" in name else 50 if dataset == "mnist" else 200
+        assert dataset == "glyphs" or width == widths.get(name.split()[-1] if plan.deviation else name, usual)
+
+
+def test_leo_learns_on_features_and_stops_early(folder, tmp_path):
+    row = find_row("leo-1shot", "glyphs")
+    record = run_row(row, "smoke", folder=tmp_path, stages=folder)
+    assert record["validation"], "validation accuracies are recorded"
+    assert record["cells"][0]["query"] == 19 and record["protocol"]["train_splits"] == ["train", "val"]
+    control = run_row(find_row("nearest-mean-features-1shot", "glyphs"), "smoke", folder=tmp_path, stages=folder)
+    assert control["cells"][0]["query"] == 19
+    norms = read(stages.vectors_file(row, "test", "smoke", folder))["z"].norm(dim=1)
+    assert torch.allclose(norms, torch.ones(len(norms)), atol=1e-4)
+
+
+def test_a_search_draws_its_configuration_from_the_seed(folder, tmp_path):
+    row = find_row("leo-1shot-search", "glyphs")
+    first, second = (run_row(row, "smoke", seed, folder=tmp_path, stages=folder) for seed in (0, 1))
+    assert first["protocol"]["kl"] != second["protocol"]["kl"]
+    assert first["protocol"] == run_row(row, "smoke", 0, folder=tmp_path, stages=folder)["protocol"]
+    for seed in range(50):
+        drawn = row.configuration(seed)
+        assert all(least <= drawn.options.get(name, drawn.lr) <= most for name, (_, least, most) in row.search.items())
 
 
 @pytest.mark.slow

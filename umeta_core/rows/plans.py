@@ -59,6 +59,10 @@ EMBEDDINGS = {
     ("WRN-28-10 layer-21 640-d center crop", "tiered_imagenet"): EmbeddingPlan(
         "supervised", {"classes": 351, "drops": (0.4, 0.5, 0.6, 0.7, 0.8)}, _epochs(1, 1, 114), batch=1024,
         normalize=True),
+    ("WRN-28-10 layer-21 640-d center crop", "glyphs"): EmbeddingPlan(  # for the book
+        "supervised", {"classes": 1064, "depth": 10, "width": 1, "input": 28, "dropout": 0.0, "area": 0.8, "color": 0.0,
+                       "flip": False}, _epochs(1, 4, 20), batch=128, normalize=True,
+        deviation="features of a WRN-10-1 at 28x28 pixels"),
     ("small features", "mini_imagenet"): EmbeddingPlan(
         "supervised", {"depth": 16, "width": 4, "input": 40, "dropout": 0.0, "autocast": True, "area": 0.5,
                        "color": 0.2}, _epochs(1, 1, 30), batch=128, normalize=True, seconds=115,
@@ -73,7 +77,8 @@ def embedding_plan(name: str, dataset: str) -> EmbeddingPlan:
 
     ValueError: no such embedding, or CACTUs did not use it there.
     """
-    place = dataset if any(d == dataset for _, d in EMBEDDINGS) else "omniglot"
+    papers = {d for _, d in EMBEDDINGS} - {"glyphs"}
+    place = dataset if dataset in papers or (name, dataset) in EMBEDDINGS else "omniglot"
     if (name, place) not in EMBEDDINGS:
         there = ", ".join(f"{n} ({d})" for n, d in EMBEDDINGS)
         raise ValueError(f"no plan for {name!r} on {dataset}; there are: {there}")
