@@ -1,5 +1,8 @@
 """Embeddings, vectors and partitions as files that rows share, and rows that need them."""
 
+import dataclasses
+import pickle
+
 import pytest
 import torch
 
@@ -49,6 +52,24 @@ def test_leo_learns_on_features_and_stops_early(folder, tmp_path):
     assert control["cells"][0]["query"] == 19
     norms = read(stages.vectors_file(row, "test", "smoke", folder))["z"].norm(dim=1)
     assert torch.allclose(norms, torch.ones(len(norms)), atol=1e-4)
+
+
+def test_published_embeddings_replace_images(tmp_path):
+    row, generator = find_row("leo-1shot"), torch.Generator().manual_seed(0)
+    for split in ("train", "val", "test"):
+        keys = [f"{i}-n{i % 6:08d}-n{i % 6:08d}_{i}.JPEG" for i in range(180)]
+        vectors = torch.randn(180, 640, generator=generator).numpy()
+        (tmp_path / f"{split}_embeddings.pkl").write_bytes(pickle.dumps({"embeddings": vectors, "keys": keys}))
+    stages.import_embeddings(row, tmp_path, tmp_path / "stages")
+    images, z = stages.shown(row, "val", "full", folder=tmp_path / "stages")
+    assert images.n_classes == 6 and z.shape == (180, 640) and images.labels[7] == 1
+    assert torch.allclose(z.norm(dim=1), torch.ones(180), atol=1e-5)
+    short = dataclasses.replace(row, at_most=2, test_tasks={"full": 20}, validation=row.validation | {"tasks": 20})
+    record = run_row(short, "full", folder=tmp_path, stages=tmp_path / "stages")
+    assert record["cells"][0]["query"] == 29
+    (tmp_path / "val_embeddings.pkl").unlink()
+    with pytest.raises(FileNotFoundError, match="no .*val_embeddings.pkl"):
+        stages.import_embeddings(row, tmp_path, tmp_path / "stages")
 
 
 def test_a_search_draws_its_configuration_from_the_seed(folder, tmp_path):

@@ -53,6 +53,11 @@ def _add_data(commands) -> None:
     pack.add_argument("folder", type=Path, help="the dataset in its usual folder layout")
     pack.add_argument("--out", type=Path, default=None, help="where to write (default: the user's cache folder)")
     pack.set_defaults(run=_data_pack)
+    features = actions.add_parser("features", help="take the published embeddings of LEO instead of computing features")
+    features.add_argument("row", help="any row that learns on them: leo-1shot, or leo-1shot-tiered-imagenet")
+    features.add_argument("folder", type=Path, help="holds train_, val_ and test_embeddings.pkl of one crop")
+    features.add_argument("--runs", type=Path, default=Path("runs"), help="that of `umeta reproduce` (default: runs)")
+    features.set_defaults(run=_data_features)
 
 
 def _add_machine(command) -> None:
@@ -146,6 +151,15 @@ def _data_pack(arguments) -> None:
     from .packs import cache_folder
 
     for path in pack(arguments.name, arguments.folder, arguments.out or cache_folder() / arguments.name):
+        print(path)
+
+
+def _data_features(arguments) -> None:
+    from .rows import find_row
+    from .stages import import_embeddings
+
+    row = find_row(arguments.row)
+    for path in import_embeddings(row, arguments.folder, arguments.runs / row.paper / "stages"):
         print(path)
 
 

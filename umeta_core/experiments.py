@@ -22,7 +22,7 @@ from .networks import MLP, Conv4
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
 from .rows import Row
-from .stages import centroids, images_of, make_partitions, vectors
+from .stages import centroids, make_partitions, shown
 from .training import train
 
 NOTEBOOKS = REPOSITORY / "notebooks" / "experiments"
@@ -60,9 +60,9 @@ def build_learner(row: Row, channels: int, size: int, seed: int, features: int |
 
 def untrained(row: Row, seed: int, device="cpu", scale="quick", folder=None) -> torch.nn.Module:
     """The row's meta-learner as it is before training, made for its dataset's images or vectors."""
-    images = images_of(row, "test").images
-    features = None if row.inputs == "images" else vectors(row, "test", scale, device, folder).shape[1]
-    return build_learner(row, *images.shape[1:3], seed, features).to(device)
+    images, features = shown(row, "test", scale, device, folder)
+    width = None if features is None else features.shape[1]
+    return build_learner(row, *images.images.shape[1:3], seed, width).to(device)
 
 
 def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
@@ -79,16 +79,13 @@ def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
 
 def _training_images(row: Row, scale: str, device, folder) -> tuple[ImageSet, torch.Tensor | None]:
     """The images of the row's training splits, and their vectors if the row learns on vectors."""
-    images = join([images_of(row, split, device) for split in row.train_splits])
-    if row.inputs == "images":
-        return images, None
-    return images, torch.cat([vectors(row, split, scale, device, folder) for split in row.train_splits])
+    sets, features = zip(*(shown(row, split, scale, device, folder) for split in row.train_splits))
+    return join(sets), None if row.inputs == "images" else torch.cat(features)
 
 
 def testing_tasks(row: Row, scale: str, split="test", device="cpu", folder=None):
     """The row's source of test tasks: always the labels (or attributes) that people gave."""
-    images = images_of(row, split, device)
-    features = None if row.inputs == "images" else vectors(row, split, scale, device, folder)
+    images, features = shown(row, split, scale, device, folder)
     if row.dataset == "celeba":
         names = sorted(images.attribute_names)
         chosen = names[20:30] if split == "val" else names[30:]

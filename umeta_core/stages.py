@@ -8,6 +8,7 @@ make it anew.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from .data import ImageSet, load
 from .embeddings.base import Embedding, read, write_atomically
 from .embeddings.deepcluster import pca_whitening
 from .packs import cache_folder
+from .pickles import read_embeddings
 from .rows import EmbeddingPlan, Row
 
 
@@ -52,8 +54,12 @@ def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0
 
 def stem(row: Row, scale: str, folder=None) -> Path:
     """What the files of the row's embedding have in common."""
-    name = (row.fitted or row.embedding).lower().replace(" ", "-")
-    return stages_folder(folder) / f"{name}-{row.dataset.replace('_', '-')}-{scale}"
+    return _stem(row.fitted or row.embedding, row.dataset, scale, folder)
+
+
+def _stem(embedding: str, dataset: str, scale: str, folder) -> Path:
+    words = re.sub("[^a-z0-9]+", "-", f"{embedding} {dataset}".lower()).strip("-")
+    return stages_folder(folder) / f"{words}-{scale}"
 
 
 def vectors_file(row: Row, split: str, scale: str, folder=None) -> Path:
@@ -107,7 +113,8 @@ def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True
 
     All rows and all seeds share one embedding, as in the paper. At smoke it sees about 2000 images.
     """
-    plan, path = row.plan, Path(f"{stem(row, scale, folder)}.pt")
+    plan = row.plan
+    path = Path(f"{_stem(plan.weights_of or row.fitted or row.embedding, row.dataset, scale, folder)}.pt")
     data = images_of(row, "train", device)
     model = build_embedding(plan, *data.images.shape[1:3]).to(device)
     every = max(1, len(data) // 2000) if scale == "smoke" else 1
@@ -138,6 +145,43 @@ def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tens
     z = torch.nn.functional.normalize(z, dim=1) if row.plan.normalize else z
     write_atomically({"z": z.cpu()}, path)
     return z
+
+
+def shown(row: Row, split: str, scale: str, device="cpu", folder=None) -> tuple[ImageSet, Tensor | None]:
+    """The images of a split, and their vectors if the row learns on vectors.
+
+    Vectors that came with labels of their own (`import_embeddings`) need no images: the set then has none.
+    """
+    if row.inputs == "images":
+        return images_of(row, split, device), None
+    path = vectors_file(row, split, scale, folder)
+    stored = read(path) if path.exists() else {}
+    if "labels" not in stored:
+        return images_of(row, split, device), vectors(row, split, scale, device, folder)
+    labels, names = stored["labels"], stored["class_names"]
+    nothing = torch.empty(len(labels), 0, 1, 1, dtype=torch.uint8)
+    return ImageSet(nothing, labels, names, [], row.dataset, split).to(device), stored["z"].to(device)
+
+
+def import_embeddings(row: Row, source, folder=None) -> list[Path]:
+    """Take published embeddings of the three splits, ``<source>/{train,val,test}_embeddings.pkl``, as the vectors of
+    the row's embedding at full scale. Returns the files written.
+
+    Raises:
+        FileNotFoundError: a split is missing; ValueError: see `pickles.read_embeddings`.
+    """
+    paths = []
+    for split in ("train", "val", "test"):
+        pickle = Path(source) / f"{split}_embeddings.pkl"
+        if not pickle.is_file():
+            raise FileNotFoundError(f"no {pickle}; {source} should be the folder of a dataset and crop, for example "
+                                    "embeddings/miniImageNet/center, of the authors' embeddings.zip "
+                                    "(github.com/google-deepmind/leo)")  # fmt: skip
+        z, labels, names, _ = read_embeddings(pickle)
+        z = torch.nn.functional.normalize(z, dim=1) if row.plan.normalize else z
+        paths.append(vectors_file(row, split, "full", folder))
+        write_atomically({"z": z, "labels": labels, "class_names": names}, paths[-1])
+    return paths
 
 
 def make_partitions(row: Row, scale: str, seed: int, device="cpu", folder=None) -> Tensor:

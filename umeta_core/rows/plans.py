@@ -11,9 +11,9 @@ class EmbeddingPlan:
 
     `kind` is the module of `umeta_core.embeddings`, `options` its keyword arguments. `whiten` asks for PCA whitening of
     the vectors before they are clustered and compared (ACAI on MNIST; CACTUs, App. D), `normalize` for vectors of
-    length 1 (LEO; reference code, not in the paper). `seconds` is what one epoch took with one thread of an AMD EPYC
-    (Zen 5), for the printed plan; None where nobody has measured. `deviation` says where the full fit departs from the
-    paper.
+    length 1 (LEO; reference code, not in the paper). `weights_of` names the embedding whose fitted network this one
+    uses. `seconds` is what one epoch took with one thread of an AMD EPYC (Zen 5), for the printed plan; None where
+    nobody has measured. `deviation` says where the full fit departs from the paper.
     """
 
     kind: str
@@ -22,6 +22,7 @@ class EmbeddingPlan:
     batch: int = 128
     whiten: bool = False
     normalize: bool = False
+    weights_of: str = ""
     seconds: float | None = None
     deviation: str = ""
 
@@ -55,7 +56,8 @@ EMBEDDINGS = {
     ("WRN-28-10 layer-21 640-d center crop", "mini_imagenet"): EmbeddingPlan(
         "supervised", {}, _epochs(1, 1, 270), batch=1024, normalize=True),
     ("multi-view WRN-28-10 (Qiao et al. 2017 style)", "mini_imagenet"): EmbeddingPlan(
-        "supervised", {"views": "multi"}, _epochs(1, 1, 270), batch=1024, normalize=True),
+        "supervised", {"views": "multi"}, _epochs(1, 1, 270), batch=1024, normalize=True,
+        weights_of="WRN-28-10 layer-21 640-d center crop"),
     ("WRN-28-10 layer-21 640-d center crop", "tiered_imagenet"): EmbeddingPlan(
         "supervised", {"classes": 351, "drops": (0.4, 0.5, 0.6, 0.7, 0.8)}, _epochs(1, 1, 114), batch=1024,
         normalize=True),
