@@ -273,7 +273,7 @@ def deviation(s: Tensor, offset: float = 0.0) -> Tensor:
 
     Reference code, not in the paper.
     """
-    return (s.exp() - (1 - offset)).clamp_min(1e-10)
+    return nn.functional.threshold(s.exp() - (1 - offset), 1e-10, 1e-10)
 
 
 def support_loss(logits: Tensor, y: Tensor) -> Tensor:

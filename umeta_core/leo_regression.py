@@ -21,7 +21,7 @@ from .networks import glorot_uniform
 WIDTH = 40  # hidden units of the generated network 1-40-40-1
 LAYOUT = (WIDTH, WIDTH, WIDTH * WIDTH, WIDTH, WIDTH, 1)  # its weights and biases, layer by layer
 WEIGHTS = sum(LAYOUT)  # 1761
-CHUNK = 1024  # sampled functions adapted together: tens of megabytes
+CHUNK = 1024  # sampled functions adapted together: about 150 megabytes
 X_MAX, AMPLITUDE, PHASE, SLOPE = 5.0, (0.1, 5.0), (0.0, math.pi), (-3.0, 3.0)  # slope and intercept: the same range
 
 
