@@ -1,0 +1,168 @@
+"""The numbers behind LEO's Figures 3 and 5 at full scale, as files of ``results/leo/figures``.
+
+    python -m umeta_core.leo_figures analysis --stages STAGES --checkpoints FOLDER
+    python -m umeta_core.leo_figures regression --seed 0 --checkpoint FILE
+
+`analysis` reads the checkpoints of three trained rows, ``<row>-full-seed<seed>.pt``; `regression` trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .evaluation import sample_blocks
+from .experiments import testing_tasks, untrained
+from .leo import LEO
+from .leo_analysis import codes_see, curvature, meta_sgd_path, singular_values, step_lengths
+from .leo_regression import (
+    ExactPosterior,
+    LEORegression,
+    RegressionTasks,
+    ambiguous_tasks,
+    both_families,
+    distances,
+)
+from .results import provenance, results_folder
+from .rows import find_row
+from .speed import tune_cpu
+from .training import read_checkpoint, train
+
+PERCENTILES = (5, 25, 50, 75, 95)
+ANALYSED = ("leo", "leo-generator-tuned", "meta-sgd")
+
+
+def percentiles(values: Tensor, most=1_000_000) -> list[float]:
+    """Those of a box with whiskers from 5 to 95, over all numbers of a tensor."""
+    marks = torch.tensor(PERCENTILES, dtype=torch.float64) / 100
+    flat = values.detach().double().flatten()
+    return [float(f"{v:.4g}") for v in torch.quantile(flat[:: -(-len(flat) // most)], marks)]
+
+
+def analyse(learner, source, shot: int, tasks: int, seed: int) -> dict:
+    """Curvature at the first inner step and the length of every inner step over test tasks (LEO, Fig. 5).
+
+    For LEO the curvature is that in the space of codes, unless it takes no latent steps; eigenvalues that are zero by
+    construction, or below 1e-6 of the largest, are left out.
+    """
+    values, lengths = [], []
+    for e in sample_blocks(source, tasks, 5, shot, 1, seed):
+        x, y, _, _ = e.flat()
+        path = learner.adapt(e.support).weights if isinstance(learner, LEO) else meta_sgd_path(learner, x, y)
+        in_codes = isinstance(learner, LEO) and learner.latent_steps > 0
+        found = curvature(codes_see(learner, x) if in_codes else x, x @ path[0].transpose(1, 2)).detach()
+        values.append(found[found > 1e-6 * found.max()])
+        lengths.append(step_lengths(path))
+    lengths = torch.cat(lengths)
+    kinds = ["code"] * getattr(learner, "latent_steps", 0)
+    kinds += ["weights"] * (lengths.shape[1] - len(kinds))
+    return {"curvature": percentiles(torch.cat(values)), "curvature_of": "codes" if in_codes else "weights",
+            "steps": [{"of": kind, "length": percentiles(lengths[:, i])} for i, kind in enumerate(kinds)]}  # fmt: skip
+
+
+def analysis(stages, checkpoints, shot=1, seed=0, tasks=1000, suffix="-small", scale="full") -> dict:
+    """Figure 5 for the three rows of `ANALYSED`, from their checkpoints."""
+    origin, done = provenance(), {}
+    for name in ANALYSED:
+        row = find_row(f"{name}-{shot}shot{suffix}")
+        learner = untrained(row, seed, scale=scale, folder=stages)
+        state = read_checkpoint(Path(checkpoints) / f"{row.slug}-{scale}-seed{seed}.pt")
+        learner.load_state_dict(state.get("best") or state["learner"])
+        done[name] = analyse(learner, testing_tasks(row, scale, folder=stages), shot, tasks, seed)
+        done[name] |= {"steps_trained": state["step"]}
+        if isinstance(learner, LEO):
+            done[name] |= {"singular_values": [round(v, 5) for v in singular_values(learner).tolist()]}
+    features = find_row(f"leo-{shot}shot{suffix}").departs or "the paper's"
+    return {"what": "analysis", "percentiles": PERCENTILES, "shot": shot, "seed": seed, "tasks": tasks,
+            "features": features, "rows": done, **origin}  # fmt: skip
+
+
+def regression(seed=0, steps=(40_000, 20_000), checkpoint=None, ambiguous=200) -> dict:
+    """Train on sines and lines, first at Adam's 1e-3 then at 1e-4, and measure Figure 3's claim."""
+    origin, started = provenance(), time.perf_counter()
+    learner, source, before = LEORegression(generator=torch.Generator().manual_seed(seed)), RegressionTasks(), 0
+    curve = {"step": [], "loss": []}
+    for stage, (many, lr) in enumerate(zip(steps, (1e-3, 1e-4))):
+        history = train(learner, source, steps=many, tasks=12, way=1, shot=5, query=10, lr=lr, seed=seed + 1000 * stage,
+                        prepare=learner.prepare_gradients, log_every=500, progress=False,
+                        checkpoint=checkpoint and f"{checkpoint}.stage{stage}")  # fmt: skip
+        curve["step"] += [before + s for s in history["step"]]
+        curve["loss"] += [round(v, 4) for v in history["loss"]]
+        before += many
+    seconds = time.perf_counter() - started
+    return {"what": "regression", "seed": seed, "steps": sum(steps), "seconds": round(seconds, 1), "history": curve,
+            **examine(learner, source, seed, ambiguous), **origin}  # fmt: skip
+
+
+def examine(learner: LEORegression, source: RegressionTasks, seed: int, ambiguous: int) -> dict:
+    """Errors before and after adaptation on 500 tasks; how so many ambiguous tasks, and twice as many others, are
+    answered; four panels."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    batch = source.sample(500, 1, 5, 20, generator)
+    error = {}
+    for name, many in (("before", 0), ("after", None)):
+        y = learner.predict(batch, batch.query_x, 1, generator, many)[0]
+        each = (y - batch.query_y).square().mean(1)
+        error[name] = {"mean": round(each.mean().item(), 4), "median": round(each.median().item(), 4)}
+    x = torch.linspace(-5, 5, 101)
+    tasks, belief = ambiguous_tasks(source, ambiguous, generator)
+    curves = learner.predict(tasks, x, 100, generator)
+    share = both_families(distances(curves, x), belief)
+    share["both_elsewhere"] = _elsewhere(learner, source, x, 2 * ambiguous, generator)
+    panels = [{"support_x": tasks.support_x[i].tolist(), "support_y": tasks.support_y[i].tolist(), "line":
+               tasks.line[i].item(), "truth": tasks.curve(x)[i].tolist(), "curves": curves[:8, i].tolist()}
+              for i in range(4)]  # fmt: skip  # the first four, not the finest
+    return {"error": error, "ambiguous": rounded(share), "x": rounded(x.tolist()), "panels": rounded(panels)}
+
+
+def _elsewhere(learner: LEORegression, source: RegressionTasks, x: Tensor, tasks: int, generator: torch.Generator) -> float:
+    """The share of unambiguous tasks, of `tasks` drawn, that are answered with both families: these should not be."""
+    batch = source.sample(tasks, 1, 5, 1, generator)
+    curves = learner.predict(batch, x, 50, generator)
+    return both_families(distances(curves, x), ExactPosterior(batch, source.noise).line)["both_elsewhere"]
+
+
+def rounded(value):
+    """Floats of a nested structure with four digits."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def write(record: dict, folder=None) -> Path:
+    """``<results>/leo/figures/<what>-seed<seed>.json``, whole or not at all."""
+    path = results_folder(folder) / "leo" / "figures" / f"{record['what']}-seed{record['seed']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("analysis", "regression"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", default="runs/leo/stages")
+    parser.add_argument("--checkpoints", default="runs/leo")
+    parser.add_argument("--checkpoint", help="of the regression run, to resume it")
+    parser.add_argument("--results", help="default: $UMETA_RESULTS or results")
+    given = parser.parse_args()
+    tune_cpu()
+    if given.what == "analysis":
+        record = analysis(given.stages, given.checkpoints, seed=given.seed)
+    else:
+        record = regression(given.seed, checkpoint=given.checkpoint)
+    print(write(record, given.results))
+
+
+if __name__ == "__main__":
+    main()
