@@ -121,7 +121,7 @@ def examine(learner: LEORegression, source: RegressionTasks, seed: int, ambiguou
     return {"error": error, "ambiguous": rounded(share), "x": rounded(x.tolist()), "panels": rounded(panels)}
 
 
-def _elsewhere(learner: LEORegression, source: RegressionTasks, x: Tensor, tasks: int, generator: torch.Generator) -> float:
+def _elsewhere(learner: LEORegression, source: RegressionTasks, x: Tensor, tasks: int, generator) -> float:
     """The share of unambiguous tasks, of `tasks` drawn, that are answered with both families: these should not be."""
     batch = source.sample(tasks, 1, 5, 1, generator)
     curves = learner.predict(batch, x, 50, generator)
