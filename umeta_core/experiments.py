@@ -12,17 +12,19 @@ from pathlib import Path
 import torch
 
 from .attributes import AttributeTasks, attribute_prototypes
+from .augmentation import AugmentedTasks, auto_augment, umtra_drawings
 from .baselines import ClusterMatching, LinearClassifier, MLPClassifier, NearestMean, NearestNeighbors, Ridge, tune
 from .data import ImageSet, join
 from .episodes import MixedTasks, PartitionTasks
 from .evaluation import evaluate, evaluate_curve
+from .latent_tasks import LatentTasks
 from .leo import LEO
 from .maml import MAML
 from .networks import MLP, Conv4
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
 from .rows import Row
-from .stages import centroids, make_partitions, shown
+from .stages import centroids, fit_embedding, make_partitions, shown
 from .training import train
 
 NOTEBOOKS = REPOSITORY / "notebooks" / "experiments"
@@ -68,6 +70,10 @@ def untrained(row: Row, seed: int, device="cpu", scale="quick", folder=None) -> 
 def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
     """The row's source of training tasks; stages that it needs are made or read (see `stages`)."""
     images, features = _training_images(row, scale, device, folder)
+    if row.source == "latent":
+        return LatentTasks(images, fit_embedding(row, scale, device, folder), **row.latent)
+    if row.source == "augmented":
+        return AugmentedTasks(images, umtra_drawings if images.images.shape[1] == 1 else auto_augment)
     if row.source == "attributes":
         return AttributeTasks(images, attribute_prototypes(images, sorted(images.attribute_names)[:20], row.least()))
     labelled = PartitionTasks(images, some_labels(images, row.share, seed) if row.share else None, features)

@@ -90,6 +90,10 @@ class Geometry:
     pool: bool = True
     eps: float = 1e-5
 
+    def side(self, size: int) -> int:
+        """Side of the convolution's output, before pooling."""
+        return (size + 2 * self.padding - 3) // self.stride + 1
+
     def conv(self, x: Tensor, w: Tensor) -> Tensor:
         return torch.conv2d(x, w, None, self.stride, self.padding, 1, self.tasks)
 

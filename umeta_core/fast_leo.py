@@ -67,7 +67,7 @@ class InnerLoops:
         return (p - self.y).transpose(1, 2) @ x, x, p
 
     def to_code(self, g: Tensor, scaled: Tensor | None, copies: int) -> Tensor:
-        """The gradient for the codes ``[T, N, C, n_z]`` from that for w and, with noise, from that for s."""
+        """The gradient for codes ``[T, N, C, n_z]`` from that for w and, with noise, for s. (eq-leo-code-gradient)"""
         through_mean = (g @ self.to_mean.T).unsqueeze(2).div_(copies)
         return through_mean.expand(-1, -1, copies, -1) if scaled is None else through_mean + scaled @ self.to_s.T
 
@@ -98,7 +98,7 @@ class InnerLoops:
     # Backward ----------------------------------------------------------------------------------------------------
 
     def hessian(self, q: Tensor, x: Tensor, p: Tensor) -> Tensor:
-        """The Hessian of the support loss times q, both ``[T, N, d]``."""
+        """The Hessian of the support loss times q, both ``[T, N, d]``. (eq-leo-hessian-product)"""
         r = p * (x @ q.transpose(1, 2))
         return torch.addcmul(r, p, r.sum(2, keepdim=True), value=-1).transpose(1, 2) @ x
 

@@ -28,6 +28,7 @@ class Conv4(nn.Module):
         filters: per convolution (32 in CACTUs' MAML, 64 in its ProtoNets).
         way: outputs of the linear head; None for a network that embeds only.
         downsample: "pool" (2x2 max-pool) or "stride" (convolutions of stride 2; CACTUs' MAML on 28x28).
+        padding: pixels of 0 around each map, 1 or 0 (LASIUM on 84x84: sides 84, 41, 19, 8, 3; reference code).
         head: "flatten" the last map, or take its spatial "mean" (CACTUs' MAML on 28x28).
         norm: "affine" (learned scale and shift) or "shift" (CACTUs' MAML: no scale; reference code, not in the paper).
         eps: of batch norm (1e-3 in CACTUs' MAML, 1e-5 in its ProtoNets).
@@ -48,6 +49,7 @@ class Conv4(nn.Module):
         way=None,
         *,
         downsample="pool",
+        padding=1,
         head="flatten",
         norm="affine",
         eps=1e-5,
@@ -56,17 +58,18 @@ class Conv4(nn.Module):
     ):
         super().__init__()
         _one_of("downsample", downsample, ("pool", "stride"))
+        _one_of("padding", padding, (0, 1))
         _one_of("head", head, ("flatten", "mean"))
         _one_of("norm", norm, ("affine", "shift"))
         _one_of("head_init", head_init, ("glorot", "normal"))
         self.channels, self.size, self.way = channels, size, way
         self.average = head == "mean"
-        self.geometry = Geometry(stride=1 if downsample == "pool" else 2, pool=downsample == "pool", eps=eps)
-        side = size
-        for _ in range(self.blocks):
-            side = side // 2 if downsample == "pool" else -(-side // 2)
+        pool = downsample == "pool"
+        self.geometry = Geometry(stride=1 if pool else 2, padding=padding, pool=pool, eps=eps)
+        side = self._side(size)
         if side < 1:
-            raise ValueError(f"images of {size}x{size} are too small for four blocks; use at least 16x16")
+            least = next(s for s in range(1, 99) if self._side(s) > 0)
+            raise ValueError(f"images of {size}x{size} are too small for four blocks; use at least {least}x{least}")
         self.features = filters if self.average else filters * side * side
         shapes = [(filters, channels if b == 0 else filters, 3, 3) for b in range(self.blocks)]
         self.weights = nn.ParameterList(
@@ -81,6 +84,12 @@ class Conv4(nn.Module):
             w = torch.randn(way, self.features, generator=generator)
             self.head_weight = nn.Parameter(w if head_init == "normal" else glorot_uniform(w.shape, generator))
             self.head_bias = nn.Parameter(torch.zeros(way))
+
+    def _side(self, size: int) -> int:
+        """Side of the last map."""
+        for _ in range(self.blocks):
+            size = self.geometry.side(size) // (2 if self.geometry.pool else 1)
+        return size
 
     def tensors(self, way: int | None = None) -> list[Tensor]:
         """Filter, scale and shift of each block, then weight and bias of the head's first `way` outputs."""
@@ -109,12 +118,16 @@ class Conv4(nn.Module):
             return self._embed_running(x)
         x = channels_last(x)
         for b in range(self.blocks):
-            n = x.shape[0] * (x.shape[2] // self.geometry.stride) * (x.shape[3] // self.geometry.stride)
+            n = x.shape[0] * self.geometry.side(x.shape[2]) * self.geometry.side(x.shape[3])
             x, mean, var = conv_block(x, self.weights[b], self.scales[b], self.shifts[b], self.geometry)
             if update:
-                self.running_mean[b].lerp_(mean, 0.1)
-                self.running_var[b].lerp_(var * n / (n - 1), 0.1)
+                self._gather(b, mean, var, n)
         return self._flatten(x)
+
+    def _gather(self, block: int, mean: Tensor, var: Tensor, n: int) -> None:
+        """Add the statistics ``[F]`` of n pixels to the averages; the biased variance becomes the unbiased one."""
+        self.running_mean[block].lerp_(mean, 0.1)
+        self.running_var[block].lerp_(var * n / (n - 1), 0.1)
 
     def _embed_running(self, x: Tensor) -> Tensor:
         """With fixed statistics batch norm is a rescaled filter and a bias, which commute with the max-pool."""
@@ -131,13 +144,19 @@ class Conv4(nn.Module):
     def _flatten(self, x: Tensor) -> Tensor:
         return x.mean((2, 3)) if self.average else x.flatten(1)
 
-    def embed_tasks(self, params: list[Tensor], x: Tensor) -> Tensor:
-        """Features ``[T, n, d]`` of ``[T, n, C, H, W]``; task t has its own weights and batch statistics."""
+    def embed_tasks(self, params: list[Tensor], x: Tensor, update: bool = False) -> Tensor:
+        """Features ``[T, n, d]`` of ``[T, n, C, H, W]``; task t has its own weights and batch statistics.
+
+        `update` adds the statistics, averaged over tasks, to the averages that `embed` uses.
+        """
         tasks, n = x.shape[:2]
         geometry = Geometry(tasks, self.geometry.stride, self.geometry.padding, self.geometry.pool, self.geometry.eps)
         x = to_groups(x)
         for b in range(self.blocks):
-            x = conv_block(x, *(p.flatten(0, 1) for p in params[3 * b : 3 * b + 3]), geometry)[0]
+            pixels = n * geometry.side(x.shape[2]) * geometry.side(x.shape[3])
+            x, mean, var = conv_block(x, *(p.flatten(0, 1) for p in params[3 * b : 3 * b + 3]), geometry)
+            if update:
+                self._gather(b, mean.view(tasks, -1).mean(0), var.view(tasks, -1).mean(0), pixels)
         maps = x.reshape(n, tasks, -1, *x.shape[2:]).transpose(0, 1)
         return maps.mean((3, 4)) if self.average else maps.flatten(2)
 
@@ -191,6 +210,6 @@ class MLP(nn.Module):
         return x
 
 
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+def _one_of(what: str, value: str | int, known: tuple) -> None:
     if value not in known:
-        raise ValueError(f"{what}={value!r} is not known; use one of {', '.join(known)}")
+        raise ValueError(f"{what}={value!r} is not known; use one of {', '.join(map(str, known))}")

@@ -32,15 +32,18 @@ class ProtoNet(nn.Module):
         distance: "sum" of squared differences over features, or their "mean" (LASIUM; reference code).
         batch_norm: statistics in `predict`. "inductive": averages gathered in training (CACTUs' released evaluation;
             reference code, not in the paper). "transductive": those of the task's support and query images together.
+        apart: support and queries of a task are each normalized with their own statistics, in `loss` and in `predict`,
+            where "inductive" then holds for the queries only (LASIUM; reference code: transductive on Omniglot,
+            inductive on photographs).
     """
 
-    def __init__(self, network: nn.Module, *, distance="sum", batch_norm="inductive"):
+    def __init__(self, network: nn.Module, *, distance="sum", batch_norm="inductive", apart=False):
         super().__init__()
         if distance not in ("sum", "mean"):
             raise ValueError(f"distance={distance!r} is not known; use sum or mean")
         if batch_norm not in ("inductive", "transductive"):
             raise ValueError(f"batch_norm={batch_norm!r} is not known; use inductive or transductive")
-        self.network, self.distance, self.batch_norm = network, distance, batch_norm
+        self.network, self.distance, self.batch_norm, self.apart = network, distance, batch_norm, apart
 
     def _logits(self, z: Tensor, episodes: Episodes) -> Tensor:
         """From features ``[T, N*K + N*Q, d]``, support first."""
@@ -51,11 +54,14 @@ class ProtoNet(nn.Module):
     def loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Mean query cross-entropy ``[T]`` (eq-proto-loss) and accuracy ``[T]``.
 
-        All images of the batch, support and query, pass the network together and share batch statistics.
+        Unless `apart`, all images of the batch, support and query, pass the network together and share statistics.
         """
         xs, _, xq, yq = episodes.flat()
-        x = torch.cat([xs, xq], 1)
-        z = self.network.embed(x.flatten(0, 1), update=True).unflatten(0, x.shape[:2])
+        if self.apart:
+            z = torch.cat([self._by_task(x, update=True) for x in (xs, xq)], 1)
+        else:
+            x = torch.cat([xs, xq], 1)
+            z = self.network.embed(x.flatten(0, 1), update=True).unflatten(0, x.shape[:2])
         logits = self._logits(z, episodes)
         return cross_entropy(logits, yq), accuracy(logits.detach(), yq)
 
@@ -63,9 +69,14 @@ class ProtoNet(nn.Module):
     def predict(self, episodes: Episodes) -> Tensor:
         """Query logits ``[T, N*Q, N]``: negative squared distances to the prototypes."""
         xs, _, xq, _ = episodes.flat()
-        x = torch.cat([xs, xq], 1)
-        if self.batch_norm == "inductive":
-            z = self.network.embed(x.flatten(0, 1), stats="running").unflatten(0, x.shape[:2])
-        else:
-            z = self.network.embed_tasks([p.expand(len(x), *p.shape) for p in self.network.tensors()], x)
+        embed = self._known if self.batch_norm == "inductive" else self._by_task
+        z = torch.cat([self._by_task(xs), embed(xq)], 1) if self.apart else embed(torch.cat([xs, xq], 1))
         return self._logits(z, episodes)
+
+    def _by_task(self, x: Tensor, update: bool = False) -> Tensor:
+        """Features ``[T, n, d]`` of ``[T, n, C, H, W]`` under the statistics of each task."""
+        return self.network.embed_tasks([p.expand(len(x), *p.shape) for p in self.network.tensors()], x, update)
+
+    def _known(self, x: Tensor) -> Tensor:
+        """The same under the averages gathered in training."""
+        return self.network.embed(x.flatten(0, 1), stats="running").unflatten(0, x.shape[:2])

@@ -26,7 +26,7 @@ TOLERANCE = 1.5  # percentage points: a difference this small is called reproduc
 
 # The papers' dataset names and ours. A name that is missing here is its own.
 DATASETS = {"Omniglot": "omniglot", "miniImageNet": "mini_imagenet", "MNIST": "mnist", "CelebA-attributes": "celeba",
-            "tieredImageNet": "tiered_imagenet",
+            "tieredImageNet": "tiered_imagenet", "CelebA-identity": "celeba_identity",
             "miniImageNet (ImageNet meta-training)": "imagenet"}  # fmt: skip
 
 _NUMBER, _TEXT = (int, float), (str,)

@@ -28,8 +28,8 @@ def stages_folder(folder=None) -> Path:
     return Path(folder or os.environ.get("UMETA_STAGES") or cache_folder() / "stages")
 
 
-def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0) -> Embedding:
-    """The plan's embedding with initial weights from `seed`, for square images."""
+def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0, path=None) -> Embedding:
+    """The plan's embedding with initial weights from `seed`, for square images; `path` has a given generator."""
     generator = torch.Generator().manual_seed(seed)
     if plan.kind == "acai":
         from .embeddings.acai import ACAI as kind
@@ -43,6 +43,12 @@ def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0
         from .embeddings.deepcluster import DeepCluster as kind
     elif plan.kind == "pca":
         from .embeddings.simple import PCAPixels as kind
+    elif plan.kind == "vae":
+        from .generators import VAE as kind
+    elif plan.kind == "msgan":
+        from .generators import MSGAN as kind
+    elif plan.kind == "given":
+        return given_generator(plan, channels, size, path)
     elif plan.kind == "supervised":
         from .embeddings.supervised import Supervised as kind
     elif plan.kind == "random":
@@ -50,6 +56,22 @@ def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0
     else:  # ImageNet's VGG-16: too large to be trained here
         raise FileNotFoundError(plan.options["missing"])
     return kind(channels, size, generator=generator, **plan.options)
+
+
+def given_generator(plan: EmbeddingPlan, channels: int, size: int, path) -> Embedding:
+    """A generator that others have trained, from a TorchScript file that maps z to images in [-1, 1].
+
+    FileNotFoundError: no such file.
+    """
+    from .generators import GivenGenerator
+
+    path = Path(path or "generator").with_suffix(".ts")
+    if not path.is_file():
+        what = "ProGAN (github.com/facebookresearch/pytorch_GAN_zoo)" if plan.options["latent"] == 512 else "BigBiGAN"
+        raise FileNotFoundError(f"no generator {path}: save one, for example {what}, with torch.jit.trace(net, z).save("
+                                f"path); it maps z [n, {plan.options['latent']}] to images in [-1, 1]")  # fmt: skip
+    network = torch.jit.load(str(path), map_location="cpu").eval()
+    return GivenGenerator(network, channels=channels, size=size, output=(-1.0, 1.0), clip=True, **plan.options)
 
 
 def stem(row: Row, scale: str, folder=None) -> Path:
@@ -72,6 +94,11 @@ def partitions_file(row: Row, scale: str, seed: int, folder=None) -> Path:
     return Path(f"{stem(row, scale, folder)}-partitions-{settings}{margin}-seed{seed}.pt")
 
 
+def fitted_file(row: Row, scale: str, folder=None) -> Path:
+    """Says that a generator is trained; its weights are beside it, also while it is trained."""
+    return Path(f"{stem(row, scale, folder)}.fitted")
+
+
 def clusters(row: Row, scale: str) -> int:
     """k, at smoke at most 50."""
     return min(row.clusters, 50) if scale == "smoke" else row.clusters
@@ -84,6 +111,8 @@ def stage_files(row: Row, scale: str, seed: int, folder=None) -> list[Path]:
         files += [vectors_file(row, split, scale, folder) for split in ("train", "val", "test")]
     if row.embedding and row.source in ("clusters", "hyperplanes", "mixed"):
         files.append(partitions_file(row, scale, seed, folder))
+    if row.source == "latent":
+        files.append(fitted_file(row, scale, folder))
     return files
 
 
@@ -100,12 +129,17 @@ def run_stage(rows: list[Row], scale: str, seeds: list[int], path, device="cpu",
             if path == partitions_file(row, scale, seed, path.parent):
                 make_partitions(row, scale, seed, device, path.parent)
                 return
+        if row.source == "latent" and path == fitted_file(row, scale, path.parent):
+            fit_embedding(row, scale, device, path.parent)
+            path.touch()
+            return
     raise ValueError(f"no row needs {path}")
 
 
 def images_of(row: Row, split: str, device="cpu") -> ImageSet:
     """A split of the row's dataset under the row's protocol."""
-    return load(row.dataset, split, protocol=row.split_protocol, device=device)
+    name = row.dataset.removesuffix("_identity")  # CelebA's classes are people, unless a row asks for attributes
+    return load(name, split, protocol=row.split_protocol, device=device)
 
 
 def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True) -> Embedding:
@@ -116,7 +150,7 @@ def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True
     plan = row.plan
     path = Path(f"{_stem(plan.weights_of or row.fitted or row.embedding, row.dataset, scale, folder)}.pt")
     data = images_of(row, "train", device)
-    model = build_embedding(plan, *data.images.shape[1:3]).to(device)
+    model = build_embedding(plan, *data.images.shape[1:3], path=path).to(device)
     every = max(1, len(data) // 2000) if scale == "smoke" else 1
     labels = {"labels": data.labels[::every]} if plan.kind == "supervised" else {}
     model.fit(data.images[::every], epochs=plan.epochs[scale], batch=plan.batch, checkpoint=path, progress=progress,

@@ -17,7 +17,8 @@ class Row:
     `learner` is "protonets", "maml" or "leo", made with the keyword arguments `network` and `options`, or one of the
     baselines on embeddings: "knn", "linear", "mlp", "matching", "nearest-mean", "ridge". `source` is where training
     tasks come from: "labels", "clusters" (of the embedding, or of pixels), "hyperplanes", "random", "mixed" (clusters
-    and the labels of a share of the classes), "attributes". `clusters` and `partitions` are k and P.
+    and the labels of a share of the classes), "attributes", "augmented" (UMTRA), "latent" (of the generator `fitted`,
+    with the arguments `latent` of `latent_tasks.LatentTasks`). `clusters` and `partitions` are k and P.
 
     `steps` maps a scale to the number of meta-training steps; "full" is the paper's. `tasks`, `way`, `shot`, `query`,
     `lr` and `clip` are those of meta-training; `tests` are (way, shot) pairs, each measured on `test_tasks` tasks of
@@ -62,6 +63,7 @@ class Row:
     train_splits: tuple = ("train",)
     validation: dict = field(default_factory=dict)
     search: dict = field(default_factory=dict)
+    latent: dict = field(default_factory=dict)
     deviation: str = ""
     fitted: str = ""
     at_most: int | None = None
@@ -73,7 +75,7 @@ class Row:
 
     @property
     def needs_embedding(self) -> bool:
-        return bool(self.embedding) and self.embedding != "pixels"
+        return bool(self.fitted) or self.embedding not in ("", "N/A", "pixels")
 
     @property
     def departs(self) -> str:
@@ -119,6 +121,7 @@ class Row:
         place |= {} if self.inputs == "images" else {"inputs": self.inputs}
         place |= {"clusters": self.clusters, "partitions": self.partitions} if self.partitions else {}
         place |= {} if self.margin is None else {"margin": self.margin}
+        place |= self.latent
         place |= {"labelled_share": self.share} if self.source == "mixed" else {}
         place |= {"train_splits": self.train_splits} if self.train_splits != ("train",) else {}
         place |= {"validation": self.validation} if self.validation else {}

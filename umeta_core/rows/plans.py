@@ -69,6 +69,16 @@ EMBEDDINGS = {
         "supervised", {"depth": 16, "width": 4, "input": 40, "dropout": 0.0, "autocast": True, "area": 0.5,
                        "color": 0.2}, _epochs(1, 1, 30), batch=128, normalize=True, seconds=115,
         deviation="features of a WRN-16-4 at 40x40 pixels"),
+    # LASIUM, section 4.2 and code: generators; a few epochs are enough (see the chapter)
+    ("VAE", "omniglot"): EmbeddingPlan("vae", {}, _epochs(1, 5, 1000)),
+    ("GAN", "omniglot"): EmbeddingPlan("msgan", {}, _epochs(1, 1, 500)),
+    ("short VAE", "omniglot"): EmbeddingPlan("vae", {}, _epochs(1, 5, 50), deviation="VAE for 50 epochs"),
+    ("short GAN", "omniglot"): EmbeddingPlan("msgan", {}, _epochs(1, 1, 40), deviation="GAN for 40 epochs"),
+    ("untrained GAN", "omniglot"): EmbeddingPlan("msgan", {}, _epochs(0, 0, 0)),
+    ("VAE", "celeba_identity"): EmbeddingPlan("vae", {}, _epochs(1, 1, 1000)),
+    ("GAN", "celeba_identity"): EmbeddingPlan("given", {"latent": 512, "sphere": True}, _epochs(0, 0, 0)),
+    ("GAN", "celeba"): EmbeddingPlan("given", {"latent": 512, "sphere": True}, _epochs(0, 0, 0)),
+    ("GAN", "mini_imagenet"): EmbeddingPlan("given", {"latent": 120}, _epochs(0, 0, 0)),
     ("PCA pixels", "omniglot"): EmbeddingPlan("pca", {"d": 256}, _epochs(1, 1, 1)),
     ("random network", "omniglot"): EmbeddingPlan("random", {}, _epochs(1, 1, 1)),
 }  # fmt: skip
