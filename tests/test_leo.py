@@ -394,6 +394,23 @@ def test_training_lowers_the_loss_and_resumes_bit_identically(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters()))
 
 
+def test_steps_that_are_not_finite_are_counted():
+    model = LEO(16, 8, generator=torch.Generator().manual_seed(0))
+    calls = []
+
+    def broken(episodes):
+        calls.append(0)
+        losses, accuracies = LEO.loss_reference(model, episodes)
+        return losses * (torch.nan if len(calls) % 4 == 0 else 1.0), accuracies
+
+    model.loss = broken
+    history = train(model, features(), steps=20, tasks=2, way=3, shot=1, query=2, log_every=10, progress=False,
+                    prepare=model.prepare_gradients)  # fmt: skip
+    assert history["skipped"] == 5
+    assert all(0 < loss < 100 for loss in history["loss"])
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_unknown_options():
     with pytest.raises(ValueError, match="encoder, random or random at test"):
         LEO(prior="none")

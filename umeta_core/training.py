@@ -51,7 +51,7 @@ def train(
         tasks: episodes per step, over all processes together.
         lr: of Adam; clip: bound on each entry of the gradient (CACTUs, mini-ImageNet; reference code).
         prepare: called with the mean loss before each step of Adam, to change the gradients in place (LEO); it also
-            answers for a loss that is not finite, which then stops nothing.
+            answers for a loss that is not finite, which then stops nothing: the history counts such steps as "skipped".
         checkpoint: file to resume from if it exists and to write every `save_every` seconds and at the end. A resumed
             run continues bit-identically on the CPU.
         validate: called every `validate_every` steps; its value goes into the history. keep_best: at the end the
@@ -128,7 +128,7 @@ class _Run:
         mean = torch.stack([losses.detach().mean(), accuracies.mean()])
         if self.world > 1:
             _average([p.grad for p in self.params] + [mean])
-        self.recent.append(mean if self.prepare is None else mean.nan_to_num(0, 0, 0))
+        self.recent.append(mean)
         if self.prepare is not None:
             self.prepare(mean[0])
         elif mean.device.type == "cpu":
@@ -160,7 +160,12 @@ class _Run:
             )
 
     def log(self) -> None:
-        mean = torch.stack(self.recent).mean(0)
+        recent = torch.stack(self.recent)
+        if self.prepare is not None:
+            finite = recent.isfinite().all(1)
+            self.history["skipped"] = self.history.get("skipped", 0) + int((~finite).sum())
+            recent = recent[finite] if finite.any() else recent.nan_to_num()
+        mean = recent.mean(0)
         self._check(mean)
         self.recent = []
         for key, value in zip(("step", "loss", "accuracy"), (self.step, *mean.tolist())):
@@ -169,7 +174,7 @@ class _Run:
     def save(self) -> None:
         if self.rank != 0:
             return
-        if self.recent:
+        if self.recent and self.prepare is None:
             self._check(torch.stack(self.recent).mean(0))
         state = {
             "step": self.step,

@@ -63,7 +63,7 @@ EMBEDDINGS = {
         normalize=True),
     ("WRN-28-10 layer-21 640-d center crop", "glyphs"): EmbeddingPlan(  # for the book
         "supervised", {"classes": 1064, "depth": 10, "width": 1, "input": 28, "dropout": 0.0, "area": 0.8, "color": 0.0,
-                       "flip": False}, _epochs(1, 4, 20), batch=128, normalize=True,
+                       "flip": False, "drops": (0.67,)}, _epochs(1, 3, 20), batch=128, normalize=True,
         deviation="features of a WRN-10-1 at 28x28 pixels"),
     ("small features", "mini_imagenet"): EmbeddingPlan(
         "supervised", {"depth": 16, "width": 4, "input": 40, "dropout": 0.0, "autocast": True, "area": 0.5,
