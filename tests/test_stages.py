@@ -10,7 +10,7 @@ from umeta_core import stages
 from umeta_core.data import load
 from umeta_core.embeddings.base import read, write_atomically
 from umeta_core.experiments import run_row, some_labels, training_tasks
-from umeta_core.results import check_record
+from umeta_core.results import check_record, read_records
 from umeta_core.rows import EMBEDDINGS, ROWS, embedding_plan, find_row
 
 
@@ -84,6 +84,16 @@ def test_tasks_of_generated_and_augmented_images(folder, tmp_path, slug):
     record = run_row(row, "smoke", folder=tmp_path, stages=folder)
     assert record["cells"][0]["query"] == 15 and record["protocol"]["source"] == row.source
     assert row.source != "latent" or record["protocol"]["policy"] == row.latent["policy"]
+
+
+@pytest.mark.parametrize("name", ["leo", "meta-sgd"])
+def test_rows_on_small_features_take_the_best_recorded_trial(name):
+    slug = f"{name}-1shot-small"
+    trials = {r["seed"]: r for r in read_records("leo") if r["row"] == f"{slug}-search" and r["scale"] == "full"}
+    best = max(trials, key=lambda seed: trials[seed]["cells"][0]["accuracy"])
+    found, row = find_row(f"{slug}-search").configuration(best), find_row(slug)
+    assert (row.lr, row.options) == (found.lr, found.options)
+    assert trials[best]["protocol"]["outer_lr"] == row.lr
 
 
 def test_rows_have_names_of_their_own():

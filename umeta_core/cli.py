@@ -264,6 +264,7 @@ def _print_list(rows, folder: Path) -> None:
 
     paper = rows[0].paper
     numbers, records = results.published(paper, folder), results.read_records(paper, folder)
+    width = max(len(row.slug) for row in rows)
     for row in rows:
         cells = [n for n in numbers if n["table"] == row.table and results.matches(n, vars(row))]
         printed = " / ".join(str(n["value"]) for n in cells) or "not printed"
@@ -271,7 +272,7 @@ def _print_list(rows, folder: Path) -> None:
         state = ", ".join(f"{scale} seed {seed}" for scale, seed in runs) or "not run"
         cost = _duration(TWO_CORES * expected_seconds(row, "full"))
         gpu = _duration(expected_seconds(row, "full", "cuda"))
-        print(f"{row.slug:44} table {row.table:6} paper {printed:30} {state:20} 2 cores {cost}, one GPU {gpu}")
+        print(f"{row.slug:{width}}  table {row.table:6} paper {printed:30} {state:20} 2 cores {cost}, one GPU {gpu}")
     used = {(row.embedding, row.dataset) for row in rows}
     for (name, dataset), plan in EMBEDDINGS.items():
         if (name, dataset) in used:

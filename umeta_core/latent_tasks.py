@@ -20,7 +20,7 @@ def in_class(
     z: Tensor, count: int, policy: str, strength: float, generator: torch.Generator, *,
     sign: int = 1, own_noise: float = 1.0, sphere: bool = False, redrawn: Tensor | None = None,
 ) -> Tensor:
-    """`count` more latents of the class of each anchor: ``[T, N, L] -> [T, N, count, L]``. (eq-lasium-policies)
+    """`count` more latents of the class of each anchor: ``[T, N, L] -> [T, N, count, L]``.
 
     N adds noise, ``z + sigma * N(0, I)``; RO goes towards a new random latent v of its own, OC towards the anchor v of
     another class of the task: ``z + alpha * (v - z)``. OC's sample i = 1, 2, ... of class c goes to class c + i mod N.
