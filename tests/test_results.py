@@ -66,6 +66,24 @@ def test_every_published_number_has_its_row():
             assert any((n["way"], n["shot"]) in row.tests and not row.departs for row in rows), n
 
 
+@pytest.mark.parametrize("paper, methods", [("leo", ("LEO (ours)", "LEO", "Meta-SGD (our features)")),
+                                            ("lasium", ("UMTRA", "UMTRA-MAML", "Training from scratch"))])  # fmt: skip
+def test_every_number_of_a_paper_s_own_methods_has_its_row(paper, methods):
+    own = [n for n in published(paper) if n["method"] in methods or n["method"].startswith(("LASIUM", "Supervised"))]
+    rows = [row for row in ROWS if row.paper == paper and not row.search]
+    assert len(own) > 20
+    for n in own:
+        fitting = [row for row in rows if results.matches(n, vars(row))]
+        assert any((n["way"], n["shot"]) in row.tests for row in fitting), n
+
+
+def test_trials_of_a_search_stand_for_no_number(tmp_path):
+    trial = dict(row="leo-1shot-search", table="search", method="LEO (ours)", variant="random search; full",
+                 paper="leo", dataset="mini_imagenet", embedding="WRN-28-10 layer-21 640-d center crop")  # fmt: skip
+    write_record(record(**trial), tmp_path)
+    assert all(row["ours"] is None for row in compare("leo", "1", folder=tmp_path))
+
+
 def test_rows_have_names_of_their_own():
     assert len({row.slug for row in ROWS}) == len(ROWS)
     assert all(set(row.slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for row in ROWS)

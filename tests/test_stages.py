@@ -96,11 +96,6 @@ def test_rows_on_small_features_take_the_best_recorded_trial(name):
     assert trials[best]["protocol"]["outer_lr"] == row.lr
 
 
-def test_rows_have_names_of_their_own():
-    slugs = [row.slug for row in ROWS]
-    assert len(set(slugs)) == len(slugs)
-
-
 def test_a_search_draws_its_configuration_from_the_seed(folder, tmp_path):
     row = find_row("leo-1shot-search", "glyphs")
     first, second = (run_row(row, "smoke", seed, folder=tmp_path, stages=folder) for seed in (0, 1))

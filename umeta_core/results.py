@@ -242,7 +242,8 @@ def compare(paper: str, table=None, dataset: str | None = None, folder=None) -> 
 
     Raises ValueError, naming the tables there are, for an unknown table.
     """
-    numbers, records = published(paper, folder), read_records(paper, folder)
+    numbers = published(paper, folder)
+    records = [r for r in read_records(paper, folder) if r["table"] != "search"]  # trials, on validation tasks
     tables = list(dict.fromkeys(entry["table"] for entry in [*numbers, *records]))
     if table is not None and str(table) not in tables:
         raise ValueError(f"{paper} has no table {table!r}; its tables: {', '.join(tables)}")
