@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -182,19 +183,20 @@ def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tens
 
 
 def shown(row: Row, split: str, scale: str, device="cpu", folder=None) -> tuple[ImageSet, Tensor | None]:
-    """The images of a split, and their vectors if the row learns on vectors.
+    """The images of a split; or, if the row learns on vectors, the set without its pixels, and the vectors.
 
-    Vectors that came with labels of their own (`import_embeddings`) need no images: the set then has none.
+    Vectors may come with labels of their own (`import_embeddings`).
     """
     if row.inputs == "images":
         return images_of(row, split, device), None
     path = vectors_file(row, split, scale, folder)
     stored = read(path) if path.exists() else {}
-    if "labels" not in stored:
-        return images_of(row, split, device), vectors(row, split, scale, device, folder)
-    labels, names = stored["labels"], stored["class_names"]
-    nothing = torch.empty(len(labels), 0, 1, 1, dtype=torch.uint8)
-    return ImageSet(nothing, labels, names, [], row.dataset, split).to(device), stored["z"].to(device)
+    if "labels" in stored:
+        z, names = stored["z"].to(device), stored["class_names"]
+        images = ImageSet(torch.empty(0), stored["labels"], names, [], row.dataset, split)
+    else:
+        z, images = vectors(row, split, scale, device, folder), images_of(row, split)
+    return replace(images, images=torch.empty(len(z), 0, 1, 1, dtype=torch.uint8)).to(device), z
 
 
 def import_embeddings(row: Row, source, folder=None) -> list[Path]:

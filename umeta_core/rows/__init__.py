@@ -53,6 +53,8 @@ def select_rows(paper: str, table=None, names: str | None = None, dataset: str |
     """
     numbers = published(paper)
     rows = [row for row in ROWS if row.paper == paper]
+    if table != "search":
+        rows = [row for row in rows if not row.search or names and "search" in names]
     if table is not None:
         tables = {number["table"] for number in numbers} | {row.table for row in rows}
         if str(table) not in tables:
