@@ -37,7 +37,7 @@ def test_plans_build_embeddings_of_the_published_width():
             with pytest.raises(FileNotFoundError, match="no generator .*ts: save one"):
                 stages.build_embedding(plan, 3, 84)
             continue
-        if plan.kind in ("vae", "msgan"):
+        if plan.kind in ("vae", "msgan", "vgg19"):  # have no published width, or need a download
             continue
         if plan.kind == "file":
             with pytest.raises(FileNotFoundError, match="need the vectors of DeepCluster's VGG-16"):

@@ -29,7 +29,7 @@ from .training import train
 
 NOTEBOOKS = REPOSITORY / "notebooks" / "experiments"
 BASELINES = ("knn", "linear", "mlp", "matching", "nearest-mean", "ridge")
-_AT_ONCE = 60_000  # vectors handled at once in tests on embeddings
+_AT_ONCE = 15_000_000  # numbers handled at once in tests on embeddings
 NO_TRAINING = {"step": [], "loss": [], "accuracy": [], "seconds": 0.0}
 
 # Seconds per training step and per image and test pass, for the printed plan only. Processor: measured with one thread
@@ -71,7 +71,8 @@ def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
     """The row's source of training tasks; stages that it needs are made or read (see `stages`)."""
     images, features = _training_images(row, scale, device, folder)
     if row.source == "latent":
-        return LatentTasks(images, fit_embedding(row, scale, device, folder), **row.latent)
+        ahead = 50 if torch.device(device).type == "cuda" else 1  # larger batches are faster on a GPU only
+        return LatentTasks(images, fit_embedding(row, scale, device, folder), ahead=ahead, **row.latent)
     if row.source == "augmented":
         return AugmentedTasks(images, umtra_drawings if images.images.shape[1] == 1 else auto_augment)
     if row.source == "attributes":
@@ -132,7 +133,7 @@ def early_stopping(row: Row, scale: str, seed: int, device="cpu", stages=None) -
     task = {"way": row.way, "shot": row.shot, "query": plan["query"], "tasks": tasks, "seed": seed + 1}
 
     def validate(learner) -> float:
-        return evaluate(learner, source, max_images=_AT_ONCE, **task).mean
+        return evaluate(learner, source, max_images=_at_once(source), **task).mean
 
     return {"validate": validate, "validate_every": min(plan["every"], -(-row.budget(scale) // 5)), "keep_best": True}
 
@@ -144,7 +145,7 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
     """
     source = testing_tasks(row, scale, row.test_split, device, stages)
     at_once = {"max_images": 300} if row.dataset == "imagenet" else {}
-    at_once = {"max_images": _AT_ONCE} if row.inputs == "embeddings" else at_once
+    at_once = {"max_images": _at_once(source)} if row.inputs == "embeddings" else at_once
     cells = []
     learner.eval()
     for way, shot in row.tests:
@@ -158,6 +159,11 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
             result, more = evaluate(learner, source, seed=seed, **task, **at_once), {}
         cells.append(_cell(task, result) | more)
     return cells
+
+
+def _at_once(source) -> int:
+    """Vectors of a source of tasks on embeddings that fit into memory together."""
+    return _AT_ONCE // source.features.shape[1]
 
 
 def _cell(task: dict, result) -> dict:
@@ -177,7 +183,7 @@ def measure_baseline(row: Row, scale: str, seed: int, device="cpu", stages=None)
             more = {"tuned": {"value": best, "validation": {str(v): round(a, 3) for v, a in tried.items()}}}
         else:
             best, more = None, {}
-        cells.append(_cell(task, evaluate(make(best), test, seed=seed, max_images=_AT_ONCE, **task)) | more)
+        cells.append(_cell(task, evaluate(make(best), test, seed=seed, max_images=_at_once(test), **task)) | more)
     return cells
 
 

@@ -52,6 +52,8 @@ def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0
         return given_generator(plan, channels, size, path)
     elif plan.kind == "supervised":
         from .embeddings.supervised import Supervised as kind
+    elif plan.kind == "vgg19":
+        from .embeddings.vgg import VGG19 as kind
     elif plan.kind == "random":
         from .embeddings.simple import RandomNetwork as kind
     else:  # ImageNet's VGG-16: too large to be trained here
@@ -109,8 +111,9 @@ def stage_files(row: Row, scale: str, seed: int, folder=None) -> list[Path]:
     """The files that must be there before the row can run without fitting or clustering anything itself."""
     files = []
     if row.needs_embedding and row.inputs == "embeddings":
-        files += [vectors_file(row, split, scale, folder) for split in ("train", "val", "test")]
-    if row.embedding and row.source in ("clusters", "hyperplanes", "mixed"):
+        splits = ("train", "val", "test") if row.trained or row.learner != "maml" else ("test",)
+        files += [vectors_file(row, split, scale, folder) for split in splits]
+    if (row.needs_embedding or row.embedding) and row.source in ("clusters", "hyperplanes", "mixed"):
         files.append(partitions_file(row, scale, seed, folder))
     if row.source == "latent":
         files.append(fitted_file(row, scale, folder))

@@ -91,6 +91,13 @@ def _headline(dataset: str, generators: dict[str, str]) -> list[Row]:
         _row(dataset, "supervised-maml", "Supervised MAML", "maml", labels),
         _row(dataset, "supervised-protonets", "Supervised ProtoNets", "protonets", labels),
     ]
+    if dataset != "mini_imagenet":  # a linear layer on frozen features, trained on each support set
+        rows.append(_row(dataset, "transfer-vgg", "Transfer Learning (VGG-19)", "maml", "labels", fitted="VGG-19",
+                         inputs="embeddings", network={"hidden": ()}, steps={"smoke": 0, "quick": 0, "full": 0},
+                         options=_MAML | {"inner_lr": 0.05, "adapt_norm": False}))  # fmt: skip
+    if dataset == "celeba_identity":  # whose embedding the paper does not name
+        rows.append(_row(dataset, "cactus-maml", "CACTUs", "maml", "clusters", fitted="DeepCluster", clusters=500,
+                         partitions=50))  # fmt: skip
     if dataset != "celeba":
         rows.append(_row(dataset, "umtra-maml", umtra, "maml", "augmented"))
     for pair, policy in generators.items():

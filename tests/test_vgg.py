@@ -1,0 +1,55 @@
+"""Transfer learning from VGG-19: its features, and its row with vectors that are already there."""
+
+from urllib.error import URLError
+
+import pytest
+import torch
+
+from umeta_core import stages
+from umeta_core.embeddings.base import write_atomically
+from umeta_core.embeddings.vgg import VGG19
+from umeta_core.experiments import run_row
+from umeta_core.rows import find_row
+
+
+def images(n, channels):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (n, channels, 28, 28), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return VGG19(1, 28, input=32, weights=None)
+
+
+def test_each_image_has_its_own_vector(network):
+    x = images(5, 1)
+    z = network.embed(x, chunk=2)
+    assert z.shape == (5, network.d) and network.d == 512
+    torch.testing.assert_close(z[3:4], network.embed(x[3:4]))
+
+
+def test_gray_is_all_three_colors(network):
+    x = images(3, 1)
+    torch.testing.assert_close(network.embed(x), network.embed(x.expand(-1, 3, -1, -1)))
+
+
+def test_missing_weights_say_where_to_put_them(monkeypatch):
+    def offline(weights=None):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torchvision.models.vgg19", offline)
+    with pytest.raises(FileNotFoundError, match=r"put https://.*vgg19-.*\.pth into .*checkpoints"):
+        VGG19()
+
+
+def test_the_row_trains_a_linear_layer_on_the_test_vectors_alone(tmp_path):
+    row = find_row("transfer-vgg-glyphs")
+    assert stages.stage_files(row, "smoke", 0, tmp_path) == [stages.vectors_file(row, "test", "smoke", tmp_path)]
+    labels = stages.images_of(row, "test").labels
+    z = torch.nn.functional.one_hot(labels).float() @ torch.randn(int(labels.max()) + 1, 64)  # a vector for each class
+    write_atomically({"z": z}, stages.vectors_file(row, "test", "smoke", tmp_path))
+    record = run_row(row, "smoke", folder=tmp_path, stages=tmp_path)
+    assert [cell["accuracy"] for cell in record["cells"]] == [100.0, 100.0]
+    assert record["protocol"]["inner_lr"] == 0.05 and record["embedding_fit"]["epochs"] == 0
