@@ -1,0 +1,99 @@
+"""SimCLR: loss, views and schedule against their literal form; fitting, resuming, bad input."""
+
+import colorsys
+import math
+
+import pytest
+import torch
+
+from umeta_core.embeddings.simclr import SimCLR, contrastive_loss, rate, turn_hue, views
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(n=32, size=32, seed=0):
+    return torch.randint(256, (n, 3, size, size), dtype=torch.uint8, generator=generator(seed))
+
+
+def test_loss_is_equation_1():
+    h, t, n = torch.randn(8, 5, generator=generator(), dtype=torch.float64), 0.5, 4
+    cosine = torch.cosine_similarity(h.unsqueeze(1), h.unsqueeze(0), dim=2)
+    total = 0.0
+    for i in range(2 * n):
+        j = (i + n) % (2 * n)
+        others = sum(math.exp(cosine[i, k] / t) for k in range(2 * n) if k != i)
+        total -= math.log(math.exp(cosine[i, j] / t) / others) / (2 * n)
+    loss, _ = contrastive_loss(h, t)
+    assert loss.item() == pytest.approx(total, rel=1e-12)
+
+
+def test_equal_views_are_found_and_shuffled_ones_are_not():
+    h = torch.randn(20, 16, generator=generator())
+    assert contrastive_loss(torch.cat([h, h]), 0.5)[1] == 1
+    assert contrastive_loss(torch.cat([h, h.roll(1, 0)]), 0.5)[1] == 0
+
+
+def test_hue_as_in_the_standard_library():
+    x = torch.rand(50, 3, 1, 1, generator=generator(), dtype=torch.float64)
+    x[0] = x[0, 0]  # gray has no hue
+    turn = torch.rand(50, 1, 1, 1, generator=generator(1), dtype=torch.float64) - 0.5
+    for pixel, angle, ours in zip(x.flatten(1), turn.flatten(), turn_hue(x, turn).flatten(1)):
+        h, s, v = colorsys.rgb_to_hsv(*pixel.tolist())
+        assert ours.tolist() == pytest.approx(colorsys.hsv_to_rgb((h + angle.item()) % 1, s, v), abs=1e-9)
+
+
+def test_views_stay_in_range_and_one_fifth_is_gray():
+    x = torch.rand(500, 3, 32, 32, generator=generator())
+    seen = views(x, generator(1))
+    assert seen.shape == x.shape and seen.min() >= 0 and seen.max() <= 1
+    gray = (seen.amax(1) - seen.amin(1)).amax((1, 2)) < 1e-6
+    assert 0.13 < gray.float().mean() < 0.27
+    assert torch.equal(seen, views(x, generator(1)))
+
+
+def test_a_view_shows_a_part():
+    ramp = torch.arange(32.0).div(31).expand(200, 1, 32, 32)  # brightness is the column
+    spread = views(ramp, generator()).amax((1, 2, 3)) - views(ramp, generator()).amin((1, 2, 3))
+    assert spread.min() < 0.4 and spread.max() > 0.85
+
+
+def test_the_released_schedule_climbs_again():
+    factors = [rate("released", epoch, 400) for epoch in range(400)]
+    assert factors[:11] == [1.0] * 11
+    assert factors[85] == pytest.approx(0, abs=1e-12) and factors[160] == pytest.approx(1)
+    assert rate("cosine", 0, 400) == 1 and rate("cosine", 399, 400) < 1e-4 and rate("constant", 399, 400) == 1
+
+
+def test_fitting_learns_to_find_the_other_view_and_resumes_exactly(tmp_path):
+    images, whole, part = random_images(128), SimCLR(size=32, generator=generator()), tmp_path / "fit.pt"
+    history = whole.fit(images, epochs=6, batch=32, progress=False)
+    assert history["loss"][-1] < history["loss"][0]
+    again = SimCLR(size=32, generator=generator())
+
+    def interrupted(images, epoch, epochs, source):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return SimCLR.start_epoch(again, images, epoch, epochs, source)
+
+    again.start_epoch = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        again.fit(images, epochs=6, batch=32, checkpoint=part, save_every=0, progress=False)
+    resumed = SimCLR(size=32, generator=generator(1))
+    resumed.fit(images, epochs=6, batch=32, checkpoint=part, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+
+
+def test_vectors_of_84_pixels_have_256_numbers_none_negative():
+    z = SimCLR(generator=generator()).embed(random_images(4, 84))
+    assert z.shape == (4, 256) and z.min() >= 0
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="20x20 are too small"):
+        SimCLR(size=20)
+    with pytest.raises(ValueError, match="'linear' is not known; use one of released"):
+        SimCLR(schedule="linear")
+    with pytest.raises(ValueError, match=r"takes images of \(3, 32, 32\)"):
+        SimCLR(size=32).embed(random_images(2, 40))
