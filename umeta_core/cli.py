@@ -266,9 +266,9 @@ def _print_list(rows, folder: Path) -> None:
     numbers, records = results.published(paper, folder), results.read_records(paper, folder)
     width = max(len(row.slug) for row in rows)
     for row in rows:
-        mine = [n for n in numbers if n["table"] == row.table and (n["way"], n["shot"]) in row.tests]
-        cells = [n for n in mine if results.matches(n, vars(row))]
-        printed = " / ".join(str(n["value"]) for n in cells) or "not printed"
+        mine = [n for n in numbers if (n["way"], n["shot"]) in row.tests and results.matches(n, vars(row))]
+        cells = {(n["way"], n["shot"]): n["value"] for n in sorted(mine, key=lambda n: n["table"] == row.table)}
+        printed = " / ".join(str(value) for value in cells.values()) or "not printed"
         runs = sorted((r["scale"], r["seed"]) for r in records if r["row"] == row.slug)
         state = ", ".join(f"{scale} seed {seed}" for scale, seed in runs) or "not run"
         cost = _duration(TWO_CORES * expected_seconds(row, "full"))

@@ -20,6 +20,7 @@ from .evaluation import evaluate, evaluate_curve
 from .latent_tasks import LatentTasks
 from .leo import LEO
 from .maml import MAML
+from .meta_gmvae import FeatureDecoder, ImageDecoder, ImageEncoder, MetaGMVAE, UnlabeledSets
 from .networks import MLP, Conv4
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
@@ -49,6 +50,8 @@ def build_learner(row: Row, channels: int, size: int, seed: int, features: int |
         return ProtoNet(Conv4(channels, size, **row.network, generator=generator), **row.options)
     if row.learner == "leo":
         return LEO(features, **row.options, seed=seed, generator=generator)
+    if row.learner == "gmvae":
+        return _gmvae(row, channels, size, seed, features, generator)
     if features is not None:
         network = MLP([features, *row.network["hidden"], row.way], norm="shift", std=0.01, generator=generator)
     elif row.network.get("residual"):
@@ -58,6 +61,15 @@ def build_learner(row: Row, channels: int, size: int, seed: int, features: int |
     else:
         network = Conv4(channels, size, way=row.way, **row.network, generator=generator)
     return MAML(network, **row.options)
+
+
+def _gmvae(row: Row, channels: int, size: int, seed: int, features, generator) -> MetaGMVAE:
+    options = {**row.options, "seed": seed, "generator": generator}
+    latent = {"latent": options["latent"]} if "latent" in options else {}
+    if features is not None:
+        return MetaGMVAE(None, FeatureDecoder(features, **latent, generator=generator), features=features, **options)
+    encoder = ImageEncoder(channels, size, generator=generator)
+    return MetaGMVAE(encoder, ImageDecoder(channels=channels, size=size, **latent, generator=generator), **options)
 
 
 def untrained(row: Row, seed: int, device="cpu", scale="quick", folder=None) -> torch.nn.Module:
@@ -73,6 +85,8 @@ def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
     if row.source == "latent":
         ahead = 50 if torch.device(device).type == "cuda" else 1  # larger batches are faster on a GPU only
         return LatentTasks(images, fit_embedding(row, scale, device, folder), ahead=ahead, **row.latent)
+    if row.source == "unlabelled":
+        return UnlabeledSets(images, features)
     if row.source == "augmented":
         return AugmentedTasks(images, umtra_drawings if images.images.shape[1] == 1 else auto_augment)
     if row.source == "attributes":
@@ -129,11 +143,13 @@ def train_row(row: Row, scale: str, seed: int, device="cpu", checkpoint=None, st
 def early_stopping(row: Row, scale: str, seed: int, device="cpu", stages=None) -> dict:
     """Arguments of `train` that keep the weights best on tasks of the validation classes, the same at every check."""
     source, plan = testing_tasks(row, scale, "val", device, stages), row.validation
-    tasks = plan["tasks"] if scale == "full" else min(200, plan["tasks"])
-    task = {"way": row.way, "shot": row.shot, "query": plan["query"], "tasks": tasks, "seed": seed + 1}
+    tasks = {"smoke": row.test_tasks["smoke"], "quick": min(200, plan["tasks"]), "full": plan["tasks"]}[scale]
+    task = {"way": plan.get("way", row.way), "shot": plan.get("shot", row.shot), "query": plan["query"],
+            "tasks": tasks, "seed": seed + 1}  # fmt: skip
 
     def validate(learner) -> float:
-        return evaluate(learner, source, max_images=_at_once(source), **task).mean
+        at_once = {"max_images": _at_once(source)} if row.inputs == "embeddings" else {}
+        return evaluate(learner, source, **at_once, **task).mean
 
     return {"validate": validate, "validate_every": min(plan["every"], -(-row.budget(scale) // 5)), "keep_best": True}
 
@@ -157,8 +173,22 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
             more = {"curve": {"steps": at, "accuracy": [round(point.mean, 3) for point in path]}}
         else:
             result, more = evaluate(learner, source, seed=seed, **task, **at_once), {}
+        if row.readings and (way, shot) in row.tests[:2]:
+            more["readings"] = {name: _reading(learner, changes, source, seed=seed, **task, **at_once)
+                                for name, changes in row.readings.items()}  # fmt: skip
         cells.append(_cell(task, result) | more)
     return cells
+
+
+def _reading(learner, changes: dict, source, **task) -> dict:
+    """The test with some attributes of the learner changed, which are put back."""
+    before = {name: getattr(learner, name) for name in changes}
+    try:
+        vars(learner).update(changes)
+        result = evaluate(learner, source, **task)
+    finally:
+        vars(learner).update(before)
+    return {"accuracy": round(result.mean, 4), "ci95": round(result.ci95, 4)}
 
 
 def _at_once(source) -> int:
@@ -279,6 +309,11 @@ def expected_seconds(row: Row, scale: str, device="cpu") -> float:
     if row.learner == "leo":  # one thread, 12 tasks; measured at 1 and 5 shots
         return 15 + row.budget(scale) * (0.01 if torch.device(device).type == "cuda" else 0.005 + 0.025 * row.shot) + \
             0.01 * row.test_tasks[scale]
+    if row.learner == "gmvae":  # decoding is most of a step
+        decoded = row.tasks * row.shot * row.options.get("decoded", row.options["samples"])
+        training = row.budget(scale) * decoded * (3e-4 if row.inputs == "images" else 3e-5)
+        test = row.test_tasks[scale] * 1e-3 * sum(way * (shot + row.test_query) for way, shot in row.tests)
+        return 15 + (training + test) / (100 if torch.device(device).type == "cuda" else 1)
     size = "large" if row.dataset in ("mini_imagenet", "celeba", "imagenet") else "small"
     per_way, per_image = _RATES[row.learner, torch.device(device).type, size]
     if row.inputs == "embeddings":

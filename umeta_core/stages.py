@@ -52,6 +52,8 @@ def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0
         return given_generator(plan, channels, size, path)
     elif plan.kind == "supervised":
         from .embeddings.supervised import Supervised as kind
+    elif plan.kind == "simclr":
+        from .embeddings.simclr import SimCLR as kind
     elif plan.kind == "vgg19":
         from .embeddings.vgg import VGG19 as kind
     elif plan.kind == "random":

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from ..data import ABOUT, known
 from ..results import matches, published
-from . import cactus, lasium, leo
+from . import cactus, lasium, leo, meta_gmvae
 from .base import Row
 from .plans import EMBEDDINGS, EmbeddingPlan, embedding_plan
 
 __all__ = ["EMBEDDINGS", "ROWS", "EmbeddingPlan", "Row", "embedding_plan", "find_row", "on_dataset", "select_rows"]
 
-ROWS = (*cactus.ROWS, *leo.ROWS, *lasium.ROWS)
+ROWS = (*cactus.ROWS, *leo.ROWS, *lasium.ROWS, *meta_gmvae.ROWS)
 
 
 def on_dataset(row: Row, dataset: str) -> Row:

@@ -14,17 +14,21 @@ TEST_QUERY = 5  # per class (CACTUs, section 4.1)
 class Row:
     """One row of a published table. `method`, `embedding` and `variant` are spelled as in ``results/paper``.
 
-    `learner` is "protonets", "maml" or "leo", made with the keyword arguments `network` and `options`, or one of the
-    baselines on embeddings: "knn", "linear", "mlp", "matching", "nearest-mean", "ridge". `source` is where training
-    tasks come from: "labels", "clusters" (of the embedding, or of pixels), "hyperplanes", "random", "mixed" (clusters
-    and the labels of a share of the classes), "attributes", "augmented" (UMTRA), "latent" (of the generator `fitted`,
-    with the arguments `latent` of `latent_tasks.LatentTasks`). `clusters` and `partitions` are k and P.
+    `learner` is "protonets", "maml", "leo" or "gmvae", made with the keyword arguments `network` and `options`, or one
+    of the baselines on embeddings: "knn", "linear", "mlp", "matching", "nearest-mean", "ridge". `source` is where
+    training tasks come from: "labels", "clusters" (of the embedding, or of pixels), "hyperplanes", "random", "mixed"
+    (clusters and the labels of a share of the classes), "attributes", "augmented" (UMTRA), "latent" (of the generator
+    `fitted`, with the arguments `latent` of `latent_tasks.LatentTasks`), "unlabelled" (sets of `shot` images, `way` 1).
+    `clusters` and `partitions` are k and P.
 
     `steps` maps a scale to the number of meta-training steps; "full" is the paper's. `tasks`, `way`, `shot`, `query`,
     `lr` and `clip` are those of meta-training; `tests` are (way, shot) pairs, each measured on `test_tasks` tasks of
     `test_query` queries per class (None: all other images of the class). `train_splits` are meta-trained on.
     `validation` asks for early stopping: "every" so many steps on "tasks" tasks of the validation classes with "query"
-    queries per class.
+    queries per class, of the "way" and "shot" of training if it does not name others.
+
+    `readings` are other ways to test the same trained learner, by name, each as attributes of the learner; they are
+    measured in the first two tests.
 
     `search` makes the row a random search: the seed draws a configuration (see `configuration`), which is trained and
     then measured on the validation classes, so that a record is a trial. It maps "lr" or an option's name to (kind,
@@ -63,6 +67,7 @@ class Row:
     train_splits: tuple = ("train",)
     validation: dict = field(default_factory=dict)
     search: dict = field(default_factory=dict)
+    readings: dict = field(default_factory=dict)
     latent: dict = field(default_factory=dict)
     deviation: str = ""
     fitted: str = ""
