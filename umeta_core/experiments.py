@@ -168,7 +168,7 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
         task = {"way": way, "shot": shot, "query": _queries(row, shot, source), "tasks": row.test_tasks[scale]}
         if isinstance(learner, MAML):
             last = learner.test_steps
-            at = sorted({*range(min(10, last)), *range(0, last, 5), last})
+            at = sorted({step for step in (0, 1, 2, 3, 5, *range(10, last, 10)) if step < last} | {last})
             *_, result = path = evaluate_curve(learner, source, at, seed=seed, **task, **at_once)
             more = {"curve": {"steps": at, "accuracy": [round(point.mean, 3) for point in path]}}
         else:
