@@ -105,8 +105,9 @@ class VAE(Generator):
         layers: of the encoder and the decoder, as in `LAYERS`.
         beta: weight of the KL divergence. None: 1 / latent, as the authors' code averages it over z; the textbook's
             bound has 1.
-        norm: "batch", or "fixed": batch norm never sees a batch, only its scales and shifts are learned. In the
-            authors' code Keras has it in inference mode while it trains, as far as can be told without running it.
+        norm: "batch", whose averages need some 500 updates to be right (Keras' momentum); or "fixed": batch norm never
+            sees a batch, only its scales and shifts are learned. In the authors' code Keras has it in inference mode
+            while it trains, as far as can be told without running it.
         lr: of Adam.
         autocast: bfloat16 convolutions; None: on a GPU only.
         generator: source of the initial weights, Glorot-uniform.
@@ -152,7 +153,10 @@ class VAE(Generator):
         return {"loss": loss, "reconstruction": reconstruction, "kl": kl}
 
     def losses(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """`reconstruction_loss` and `kl_divergence` of images ``[n, C, H, W]`` in [0, 1]; noise ``[n, latent]``."""
+        """`reconstruction_loss` and `kl_divergence` of images ``[n, C, H, W]`` in [0, 1]; noise ``[n, latent]``.
+
+        (eq-vae-bound)
+        """
         mean, log_var = self._statistics(x)
         logits = self._logits(mean + (log_var / 2).exp() * noise)
         return reconstruction_loss(x, logits), kl_divergence(mean, log_var)
@@ -193,7 +197,7 @@ def reconstruction_loss(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
-    """KL(N(mean, var) || N(0, I)) of ``[n, latent]``, summed over latents and averaged over images."""
+    """KL(N(mean, var) || N(0, I)) of ``[n, latent]``, summed over latents and averaged over images. (eq-vae-kl)"""
     return (mean.square() + log_var.exp() - 1 - log_var).sum(1).mean() / 2
 
 
@@ -203,6 +207,7 @@ class MSGAN(Generator):
     Neither network has batch norm. The discriminator's logit is positive for *generated* images, and its labels are
     1 and 0 plus noise, 0.05 U(0, 1); the generator wants the sum of the logits of two images to be negative (reference
     code, not in the paper). An update with 128 images takes 1.4 s on one CPU core, 0.77 s in bfloat16.
+    (eq-gan-generator)
 
     Args:
         channels, size: of the square images; size a multiple of 4.
@@ -282,7 +287,7 @@ class MSGAN(Generator):
 def discriminator_loss(logits: Tensor, label_noise: Tensor) -> Tensor:
     """Cross-entropy of logits ``[2, n]`` of generated (label 1) and real images (0); the noise is added to the labels.
 
-    A label above 1 is not a probability, and the loss has no lower bound there (reference code).
+    A label above 1 is not a probability, and the loss has no lower bound there (reference code). (eq-gan-discriminator)
     """
     labels = label_noise + torch.tensor([[1.0], [0.0]], device=logits.device)
     return F.binary_cross_entropy_with_logits(logits, labels)
@@ -292,7 +297,7 @@ def mode_seeking(x1: Tensor, x2: Tensor, z1: Tensor, z2: Tensor, ratio: str = "o
     """One over how far apart images are for the distance of their latents (Mao et al., 2019, eq. 3; their code's 1/.).
 
     x1, x2: images ``[n, C, H, W]``; z1, z2: latents ``[n, latent]``. Distances are means of absolute differences, over
-    the whole batch ("original") or per pair, whose ratios are averaged ("released", LASIUM's code).
+    the whole batch ("original") or per pair, whose ratios are averaged ("released", LASIUM's code). (eq-mode-seeking)
     """
     images, latents = (x1 - x2).abs().flatten(1).mean(1), (z1 - z2).abs().mean(1)
     apart = (images / latents).mean() if ratio == "released" else images.mean() / latents.mean()

@@ -24,6 +24,7 @@ def in_class(
 
     N adds noise, ``z + sigma * N(0, I)``; RO goes towards a new random latent v of its own, OC towards the anchor v of
     another class of the task: ``z + alpha * (v - z)``. OC's sample i = 1, 2, ... of class c goes to class c + i mod N.
+    (eq-lasium-policies)
 
     Args:
         strength: sigma, a standard deviation (the paper prints its values 0.5, 1, 2 as sigma squared; its code takes
