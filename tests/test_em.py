@@ -264,6 +264,8 @@ def test_mistakes_are_named():
         labeled_start(z, y, 9)
     with pytest.raises(ValueError, match=r"do not fit; use \[T, m, d\] and \[T, m\]"):
         em(z, start, labeled=(z, y[:, :3]))
+    with pytest.raises(ValueError, match="no unlabeled vectors"):
+        em(torch.zeros(1, 0, 2), Mixture(torch.ones(1, 1), torch.zeros(1, 1, 2)))
     with pytest.raises(ValueError, match=r"do not fit; use \[T, n, d\] and \[T, K, d\]"):
         em(z[..., :2], start)
     with pytest.raises(ValueError, match="covariance='full' is not known"):

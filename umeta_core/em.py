@@ -33,15 +33,18 @@ class Mixture:
         return scores if self.variance is not None else scores - z.square().sum(2, keepdim=True) / 2
 
     def log_density(self, z: Tensor) -> Tensor:
-        """log p(z), ``[T, n]``."""
+        """log p(z), ``[T, n]``. (eq-mixture)"""
         return self.log_joint(z).logsumexp(2)
 
     def responsibilities(self, z: Tensor) -> Tensor:
-        """p(component | z), ``[T, n, K]``: the E-step (Meta-GMVAE, eq. 7)."""
+        """p(component | z), ``[T, n, K]``: the E-step (Meta-GMVAE, eq. 7). (eq-responsibility)"""
         return self.log_joint(z).softmax(2)
 
     def log_likelihood(self, z: Tensor, labeled: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """What `em` climbs, ``[T]``: the sum of log p(z), and of log p(x, y) over labeled vectors (x, y)."""
+        """What `em` climbs, ``[T]``: the sum of log p(z), and of log p(x, y) over labeled vectors (x, y).
+
+        (eq-em-bound) (eq-em-labelled)
+        """
         total = self.log_density(z).sum(1)
         if labeled is None:
             return total
@@ -53,7 +56,7 @@ def _scores(z: Tensor, mixture: Mixture) -> Tensor:
     """log of weight times density of vectors near the origin, ``[T, K, n]``; of identity covariance, but for -|z|^2/2.
 
     A softmax over components does not see what is missing, and is faster on the middle axis. A narrow component needs
-    float64: its terms are large and cancel.
+    float64: its terms are large and cancel. (eq-em-products)
     """
     mean, variance = mixture.mean, mixture.variance
     constant = mixture.weights.log() - mean.shape[2] / 2 * math.log(2 * math.pi)
@@ -97,7 +100,7 @@ def em(
     """Fit T mixtures to z ``[T, n, d]`` in a fixed number of iterations (Meta-GMVAE, eq. 7; with `labeled`, eq. 10).
 
     The M-step maximizes exactly, also where a variance is held at its floor or an empty component stays where it is.
-    So the likelihood under the model of the E-step never falls.
+    So the likelihood under the model of the E-step never falls. (eq-m-step)
 
     Args:
         labeled: x ``[T, m, d]`` and their components y ``[T, m]``: these keep their labels in the E-step.
@@ -172,6 +175,8 @@ def _check(z: Tensor, start: Mixture, labeled, covariance: str, e_step: str, flo
     if z.dim() != 3 or start.mean.dim() != 3 or z.shape[0] != len(start.mean) or z.shape[2] != start.mean.shape[2]:
         raise ValueError(f"vectors of shape {tuple(z.shape)} and means of shape {tuple(start.mean.shape)} do not fit; "
                          "use [T, n, d] and [T, K, d]")  # fmt: skip
+    if not z.shape[1]:
+        raise ValueError("no unlabeled vectors; the mixture of labeled ones alone is `labeled_start`")
     _check_finite(z)
     if labeled is not None:
         _check_labels(*labeled, start.mean.shape[1])
