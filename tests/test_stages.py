@@ -70,7 +70,8 @@ def test_published_embeddings_replace_images(tmp_path):
     images, z = stages.shown(row, "val", "full", folder=tmp_path / "stages")
     assert images.n_classes == 6 and z.shape == (180, 640) and images.labels[7] == 1
     assert torch.allclose(z.norm(dim=1), torch.ones(180), atol=1e-5)
-    short = dataclasses.replace(row, at_most=2, test_tasks=row.test_tasks | {"full": 20}, validation=row.validation | {"tasks": 20})
+    few = {"test_tasks": row.test_tasks | {"full": 20}, "validation": row.validation | {"tasks": 20}}
+    short = dataclasses.replace(row, at_most=2, **few)
     record = run_row(short, "full", folder=tmp_path, stages=tmp_path / "stages")
     assert record["cells"][0]["query"] == 29
     (tmp_path / "val_embeddings.pkl").unlink()
