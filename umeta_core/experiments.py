@@ -309,7 +309,7 @@ def expected_seconds(row: Row, scale: str, device="cpu") -> float:
     if row.learner == "leo":  # one thread, 12 tasks; measured at 1 and 5 shots
         return 15 + row.budget(scale) * (0.01 if torch.device(device).type == "cuda" else 0.005 + 0.025 * row.shot) + \
             0.01 * row.test_tasks[scale]
-    if row.learner == "gmvae":  # decoding is most of a step
+    if row.learner == "gmvae":  # one thread: mostly decoding, per decoded image or vector; a test, per image
         decoded = row.tasks * row.shot * row.options.get("decoded", row.options["samples"])
         training = row.budget(scale) * decoded * (3e-4 if row.inputs == "images" else 3e-5)
         test = row.test_tasks[scale] * 1e-3 * sum(way * (shot + row.test_query) for way, shot in row.tests)
