@@ -87,9 +87,9 @@ def _mini_rows() -> list[Row]:
 
 
 def _few_decoded(row: Row) -> Row:
-    """The same with 4 of the 32 samples of an image decoded: the same expected loss for a fifth of the time."""
-    return replace(row, slug=f"{row.slug}-decode4", deviation="4 of 32 samples decoded",
-                   options=row.options | {"decoded": 4})  # fmt: skip
+    """The same with 1 of the 32 samples of an image decoded: the same expected loss for a tenth of the time."""
+    return replace(row, slug=f"{row.slug}-decode1", deviation="1 of 32 samples decoded",
+                   options=row.options | {"decoded": 1})  # fmt: skip
 
 
 _MODELS = [_trained_on(way, shot) for way in (5, 20) for shot in (1, 5)]
