@@ -29,7 +29,7 @@ def train(
     way: int,
     shot: int,
     query: int,
-    lr: float = 1e-3,
+    lr: float | Callable[[int], float] = 1e-3,
     clip: float | None = None,
     prepare: Callable[[torch.Tensor], None] | None = None,
     seed: int = 0,
@@ -47,9 +47,11 @@ def train(
 
     Args:
         learner: ``loss(episodes) -> (losses [T], accuracies [T])``.
-        source: ``sample(tasks, way, shot, query, generator) -> Episodes``.
+        source: ``sample(tasks, way, shot, query, generator) -> Episodes``; if it has a `state_dict`, a checkpoint
+            holds that too.
         tasks: episodes per step, over all processes together.
-        lr: of Adam; clip: bound on each entry of the gradient (CACTUs, mini-ImageNet; reference code).
+        lr: of Adam, or a function from the number of steps done to it; clip: bound on each entry of the gradient
+            (CACTUs, mini-ImageNet; reference code).
         prepare: called with the mean loss before each step of Adam, to change the gradients in place (LEO); it also
             answers for a loss that is not finite, which then stops nothing: the history counts such steps as "skipped".
         checkpoint: file to resume from if it exists and to write every `save_every` seconds and at the end. A resumed
@@ -58,8 +60,9 @@ def train(
             learner has the weights of the highest value, not the last ones (early stopping).
         config: what else must agree for a checkpoint to fit, for example the network's size.
 
-    Under ``torchrun`` each process takes its share of every batch of tasks, gradients are averaged, and process 0
-    prints and writes. All processes draw the same batch, so the tasks are those of a single process.
+    Under ``torchrun`` each process takes its share of every batch of tasks, gradients are averaged over all tasks that
+    were done, and process 0 prints and writes. All processes draw the same batch, so the tasks are those of a single
+    process.
 
     Returns:
         ``{"step": [...], "loss": [...], "accuracy": [...], "validation": [[step, value], ...], "seconds": float}``,
@@ -72,7 +75,8 @@ def train(
     run = _Run(
         learner,
         source,
-        dict(config or {}, tasks=tasks, way=way, shot=shot, query=query, lr=lr, clip=clip, seed=seed),
+        dict(config or {}, tasks=tasks, way=way, shot=shot, query=query, clip=clip, seed=seed,
+             lr=lr(0) if callable(lr) else lr),  # fmt: skip
         lr,
         clip,
         prepare,
@@ -111,7 +115,8 @@ class _Run:
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.params = [p for p in learner.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.params, lr=lr)
+        self.schedule = lr if callable(lr) else None
+        self.optimizer = torch.optim.Adam(self.params, lr=self.config["lr"])
         self.step = 0
         self.history = {"step": [], "loss": [], "accuracy": [], "validation": [], "seconds": 0.0}
         self.recent: list[torch.Tensor] = []
@@ -127,7 +132,7 @@ class _Run:
         losses.mean().backward()
         mean = torch.stack([losses.detach().mean(), accuracies.mean()])
         if self.world > 1:
-            _average([p.grad for p in self.params] + [mean])
+            _average([p.grad for p in self.params] + [mean], len(losses))
         self.recent.append(mean)
         if self.prepare is not None:
             self.prepare(mean[0])
@@ -135,6 +140,8 @@ class _Run:
             self._check(mean)
         if self.clip is not None:
             nn.utils.clip_grad_value_(self.params, self.clip)
+        if self.schedule:
+            self.optimizer.param_groups[0]["lr"] = self.schedule(self.step)
         self.optimizer.step()
         self.step += 1
 
@@ -146,10 +153,10 @@ class _Run:
     def _share(self, episodes: Episodes) -> Episodes:
         if self.world == 1:
             return episodes
-        if len(episodes) % self.world:
-            raise ValueError(f"{len(episodes)} tasks per step cannot be split evenly over {self.world} processes")
-        each = len(episodes) // self.world
-        return episodes[self.rank * each : (self.rank + 1) * each]
+        if len(episodes) < self.world:
+            raise ValueError(f"{len(episodes)} tasks per step are fewer than {self.world} processes")
+        first, last = (len(episodes) * rank // self.world for rank in (self.rank, self.rank + 1))
+        return episodes[first:last]
 
     def _check(self, mean: torch.Tensor) -> None:
         if not torch.isfinite(mean).all():
@@ -185,6 +192,7 @@ class _Run:
             "history": self.history,
             "recent": self.recent,
             "best": self.best,
+            "source": self.source.state_dict() if hasattr(self.source, "state_dict") else None,
             "versions": versions(),
         }
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -213,6 +221,8 @@ class _Run:
         self.generator.set_state(state["generator"].cpu())
         self.step, self.history, self.recent = state["step"], state["history"], state["recent"]
         self.best = state.get("best")
+        if state.get("source") is not None:
+            self.source.load_state_dict(state["source"])
 
 
 class _Report:
@@ -283,13 +293,13 @@ def _processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _average(tensors: list[torch.Tensor]) -> None:
-    """Average in place over processes, as one message."""
+def _average(tensors: list[torch.Tensor], tasks: int) -> None:
+    """Average in place over the tasks of all processes, of which this one did `tasks`, as one message."""
     import torch.distributed as dist
 
-    flat = torch.cat([t.flatten() for t in tensors])
+    flat = torch.cat([t.flatten() for t in tensors] + [tensors[0].new_ones(1)]) * tasks
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
+    flat /= flat[-1].clone()
     at = 0
     for t in tensors:
         t.copy_(flat[at : at + t.numel()].view_as(t))

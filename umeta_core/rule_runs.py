@@ -1,0 +1,121 @@
+"""Meta-training runs of the learned rule: which tasks, how long, and a file with theta at the end.
+
+    python -m umeta_core.rule_runs cpu --seed 0 --steps 4000 --checkpoint ck.pt --out theta.pt
+    torchrun --nproc-per-node 2 -m umeta_core.rule_runs cpu ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+
+import torch
+
+from .data import ImageSet, load
+from .learned_rule import UpdateRule
+from .results import provenance
+from .rule_tasks import Bucket, Curriculum, RuleLearner, RuleTasks
+from .speed import tune_cpu
+from .training import train
+
+
+@dataclass(frozen=True)
+class RulePlan:
+    """A meta-training run: size and step of the rule, Adam's rate, tasks of a meta-step, batch B, draws D, lengths."""
+
+    size: str
+    lr: float
+    meta_lr: float
+    tasks: int
+    batch: int
+    draws: int
+    steps: int
+    curriculum: Curriculum
+
+
+PLANS = {
+    # The book's: minutes on one core.
+    "book": RulePlan("small", 1e-3, 2e-3, 4, 32, 2, 150, Curriculum(((2, 4), (3, 6)), 100, (20, 60), 100)),
+    # Hours on two cores.
+    "cpu": RulePlan("small", 1e-3, 1e-3, 8, 32, 3, 6000, Curriculum(((2, 4), (5, 8)), 600, (20, 300), 2500)),
+    # Sections 4 and 5, App. C and H: 512 workers for 8 days.
+    "paper": RulePlan("full", 3e-4, 3e-4, 256, 128, 5, 200_000, Curriculum()),
+}
+
+
+def buckets(plan: str, device="cpu") -> list[Bucket]:
+    """The task distribution of a plan. "book" needs no data beyond the built-in glyphs.
+
+    "paper" has half of its tasks from glyphs at 14x14 (turned in half of them) and half from CIFAR-10 and
+    mini-ImageNet at 16x16, with 2 to 5 layers of 64 to 512 units; its fixed groups of glyphs (letters, mathematical
+    symbols, currencies) are not built. "cpu" is the same at 8x8 with narrow networks.
+
+    Raises:
+        FileNotFoundError: CIFAR-10 or mini-ImageNet is missing (the message says how to get it).
+    """
+
+    def images(name: str, size: int) -> ImageSet:
+        return load(name, "train", size=size, device=device)
+
+    if plan == "book":
+        return [Bucket(images("glyphs", 8), hidden=(32, 32))]
+    if plan == "cpu":
+        drawn, small = images("glyphs", 8), [(32, 32), (48,), (24, 24, 24), (64, 32)]
+        photos = [images(name, 8) for name in ("cifar10", "mini_imagenet")]
+        return [
+            Bucket(drawn, 10, small[0]), Bucket(photos[1], 10, small[1]), Bucket(drawn, 14, small[2]),
+            Bucket(photos[0], 10, small[0]), Bucket(images("glyphs", 14), 10, small[0], turned=True),
+            Bucket(photos[1], 15, small[2]), Bucket(drawn, 20, small[3]), Bucket(photos[0], 10, small[3]),
+        ]  # fmt: skip
+    drawn, photos = images("glyphs", 14), [images(name, 16) for name in ("cifar10", "mini_imagenet")]
+    nets = [(64,) * 2, (512,), (128,) * 4, (256,) * 3, (128,) * 2, (512,) * 2]
+    glyphs = [Bucket(drawn, way, net, turned=i % 2 == 0)
+              for i, (way, net) in enumerate(zip((10, 13, 14, 17, 20, 30), nets))]  # fmt: skip
+    ways = [(0, 10), (1, 10), (1, 15), (0, 10), (1, 20), (1, 25)]
+    natural = [Bucket(photos[which], way, net) for (which, way), net in zip(ways, nets[::-1])]
+    return [bucket for pair in zip(glyphs, natural) for bucket in pair]
+
+
+def paper_rate(step: int) -> float:
+    """Adam's rate in the paper (App. H.2)."""
+    return 3e-4 if step < 100_000 else 1e-4 if step < 150_000 else 2e-5
+
+
+def meta_train(plan: str, seed: int = 0, *, steps: int | None = None, device="cpu", recompute=False, seconds=None,
+               **options) -> tuple[UpdateRule, dict]:  # fmt: skip
+    """A rule meta-trained by a plan, and its history. `options` go to `train`; for the others see `RuleLearner`."""
+    p = PLANS[plan]
+    rule = UpdateRule(p.size, lr=p.lr, generator=torch.Generator().manual_seed(seed)).to(device)
+    learner = RuleLearner(rule, recompute=recompute, seconds=seconds)
+    source = RuleTasks(buckets(plan, device), p.curriculum, batch=p.batch, draws=p.draws)
+    rate = paper_rate if plan == "paper" else p.meta_lr
+    history = train(learner, source, steps=steps or p.steps, tasks=p.tasks, way=10, shot=10, query=0, lr=rate,
+                    seed=seed, device=device, prepare=learner.prepare_gradients, config={"plan": plan},
+                    **options)  # fmt: skip
+    return rule, history
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", choices=PLANS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="meta-steps; the plan's without it")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--out", required=True, help="file for theta; a resumed run goes on from the checkpoint")
+    parser.add_argument("--seconds", type=float, help="budget of a process for each meta-step (uneven machines)")
+    parser.add_argument("--recompute", action="store_true", help="less memory, a third more time")
+    a = parser.parse_args()
+    tune_cpu()
+    started = time.time()
+    rule, history = meta_train(a.plan, a.seed, steps=a.steps, device=a.device, recompute=a.recompute,
+                               seconds=a.seconds, checkpoint=a.checkpoint, log_every=20)  # fmt: skip
+    rule.cpu().save(a.out, plan=a.plan, seed=a.seed, steps=history["step"][-1], seconds=history["seconds"],
+                    loss=history["loss"], loss_steps=history["step"], accuracy=history["accuracy"],
+                    **provenance(a.device))  # fmt: skip
+    print(f"{a.out}: {history['step'][-1]} meta-steps, {time.time() - started:.0f} s of this start")
+
+
+if __name__ == "__main__":
+    main()
