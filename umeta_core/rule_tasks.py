@@ -8,17 +8,16 @@ architecture, U unlabelled batches for each, and labelled examples to judge them
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .augmentation import shift
 from .data import ImageSet
 from .episodes import PartitionTasks, sample_without_replacement
-from .learned_rule import EMBEDDING, Phi, UpdateRule, initial_phi, meta_objective
+from .learned_rule import EMBEDDING, Phi, initial_phi
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,10 @@ class Curriculum:
 class Truncation:
     """T networks and what the next U steps show them.
 
-    `phi` are the networks, which `RuleLearner` writes back; `x` ``[T, U, B, N_0]`` unlabelled batches; `labelled`
-    ``[T, D, 2, K, N_0]`` with `labels` ``[T, D, 2, K]``: D draws of two halves, K = classes x shot; `extra`
-    ``[T, D, 2, K, r]`` more targets, or None.
+    `phi` are the networks, which the learner leaves where they ended; `x` ``[T, U, B, N_0]`` unlabelled batches;
+    `labelled` ``[T, D, 2, K, N_0]`` with `labels` ``[T, D, 2, K]``: D draws of two halves, K = classes x shot; `extra`
+    ``[T, D, 2, K, r]`` more targets, or None. `noise`, for `PESLearner`: the second network of each antithetic pair
+    ("below") and the sum of the noise since the pair began ("noise" ``[T, theta]``).
     """
 
     phi: Phi
@@ -81,14 +81,20 @@ class Truncation:
     labels: Tensor
     classes: int
     extra: Tensor | None = None
+    noise: dict | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, tasks: slice) -> Truncation:
-        extra = None if self.extra is None else self.extra[tasks]
-        return replace(self, phi=self.phi.map(lambda p: p[tasks]), x=self.x[tasks], labelled=self.labelled[tasks],
-                       labels=self.labels[tasks], extra=extra)  # fmt: skip
+        def cut(value):
+            return [[p[tasks] for p in part] for part in value] if isinstance(value, list) else value[tasks]
+
+        return replace(
+            self, phi=self.phi.map(lambda p: p[tasks]), x=self.x[tasks], labelled=self.labelled[tasks],
+            labels=self.labels[tasks], extra=None if self.extra is None else self.extra[tasks],
+            noise=self.noise and {k: cut(v) for k, v in self.noise.items()},
+        )  # fmt: skip
 
 
 class RuleTasks:
@@ -99,6 +105,7 @@ class RuleTasks:
         curriculum: of unrolls and lengths.
         batch: B, unlabelled images of one inner step (128 in the code's data set; the paper is silent).
         draws: D, labelled draws that the meta-objective is averaged over (App. H.2).
+        theta: for `PESLearner`, how many numbers it perturbs.
 
     Its state (the networks included) goes into checkpoints: `state_dict`. All draws come from the generator passed to
     `sample`, also those of networks that other processes train, so all processes see the same curriculum.
@@ -107,11 +114,11 @@ class RuleTasks:
         ValueError: no bucket, or one with too few classes or images per class.
     """
 
-    def __init__(self, buckets: list[Bucket], curriculum: Curriculum | None = None, batch: int = 128, draws: int = 5):
+    def __init__(self, buckets: list[Bucket], curriculum: Curriculum | None = None, batch=128, draws=5, theta=0):
         if not buckets:
             raise ValueError("no bucket to draw tasks from: give at least one")
         self.buckets, self.curriculum = list(buckets), curriculum or Curriculum()
-        self.batch, self.draws, self.steps = batch, draws, 0
+        self.batch, self.draws, self.theta, self.steps = batch, draws, theta, 0
         self.pools = [PartitionTasks(bucket.images) for bucket in self.buckets]
         self.alive: list[dict | None] = [None] * len(self.buckets)
 
@@ -124,15 +131,19 @@ class RuleTasks:
         state = self._renewed(index, tasks, shot, generator)
         self.alive[index], self.steps = state, self.steps + 1
         state["left"] = state["left"] - unroll
-        shown = self._unlabelled(bucket, pool, state, (unroll, self.batch), generator)[0]
-        labelled, extra = self._labelled(bucket, pool, state, shot, generator)
-        labels = torch.arange(bucket.way, device=shown.device).repeat_interleave(shot).expand(*labelled.shape[:-1])
-        return Truncation(Phi(*state["phi"]), shown, labelled, labels, bucket.way, extra)
+        shown = unlabelled(bucket, pool, state, (unroll, self.batch), generator)
+        x, labels, extra = labelled(bucket, pool, state, self.draws, shot, generator)
+        noise = {k: state[k] for k in ("below", "noise") if k in state} or None
+        return Truncation(Phi(*state["phi"]), shown, x, labels, bucket.way, extra, noise)
 
     def _renewed(self, index: int, tasks: int, shot: int, generator: torch.Generator) -> dict:
         """The bucket's networks and data sets, those that are through (or no longer finite) replaced by fresh ones."""
         old = self.alive[index]
-        fresh = self._fresh(index, tasks, shot, generator)
+        mean = self.curriculum.length_at(self.steps)
+        fresh = fresh_tasks(self.buckets[index], self.pools[index], tasks, shot, mean, generator)
+        if self.theta:
+            fresh["below"] = [[p.clone() for p in part] for part in fresh["phi"]]
+            fresh["noise"] = torch.zeros(tasks, self.theta, device=generator.device)
         if old is None or len(old["left"]) != tasks:
             # Ages must differ, else every batch would see one phase of training.
             fresh["left"] *= torch.rand(tasks, generator=generator, device=generator.device)
@@ -143,66 +154,11 @@ class RuleTasks:
         def choose(a, b):
             return torch.where(keep.view(-1, *[1] * (a.dim() - 1)), a, b)
 
-        chosen = {k: choose(old[k], fresh[k]) for k in fresh if k != "phi"}
-        chosen["phi"] = [[choose(a, b) for a, b in zip(*parts)] for parts in zip(old["phi"], fresh["phi"])]
-        return chosen
-
-    def _fresh(self, index: int, tasks: int, shot: int, generator: torch.Generator) -> dict:
-        bucket, pool, device = self.buckets[index], self.pools[index], generator.device
-        classes, count = pool.usable(2 * shot)
-        if int(count[0]) < bucket.way:
-            raise ValueError(f"{bucket.images.name} {bucket.images.split} has {int(count[0])} classes of {2 * shot} "
-                             f"images, a bucket asks for {bucket.way}: take fewer classes or examples")  # fmt: skip
-        inputs, mean = bucket.widths[0], self.curriculum.length_at(self.steps)
-
-        def coin(*shape, p=0.5):
-            return torch.rand(tasks, *shape, generator=generator, device=device) < p
-
-        picked = sample_without_replacement(count.expand(tasks), bucket.way, generator)
-        length = mean + mean * torch.randn(tasks, generator=generator, device=device)
         return {
-            "phi": [list(part) for part in initial_phi(tasks, bucket.widths, generator)],
-            "classes": classes[0][picked],
-            "order": torch.rand(tasks, inputs, generator=generator, device=device).argsort(1),
-            "seen": ~(coin(1) & coin(inputs, p=bucket.drop)),
-            "drops": coin(),
-            "moves": coin(),
-            "left": length.clamp(min=1),
-        }
-
-    def _unlabelled(self, bucket, pool, state, shape, generator):
-        """Random images of each task's classes, as its network sees them ``[T, *shape, N_0]``, and their `extra`."""
-        tasks, device = len(state["left"]), generator.device
-        which = torch.randint(bucket.way, (tasks, *shape), generator=generator, device=device)
-        chosen = state["classes"].gather(1, which.flatten(1)).view_as(which)
-        member = torch.rand(chosen.shape, generator=generator, device=device) * pool.size[0][chosen]
-        return self._view(bucket, pool, state, pool.start[0][chosen] + member.long(), generator)
-
-    def _labelled(self, bucket, pool, state, shot, generator):
-        """D draws of two halves with `shot` different images per class ``[T, D, 2, K, N_0]``, and their `extra`."""
-        classes = state["classes"].unsqueeze(1).expand(-1, self.draws, -1)
-        member = sample_without_replacement(pool.size[0][classes], 2 * shot, generator)
-        place = (pool.start[0][classes].unsqueeze(-1) + member).unflatten(-1, (2, shot))  # [T, D, way, 2, shot]
-        return self._view(bucket, pool, state, place.transpose(2, 3).flatten(3), generator)
-
-    def _view(self, bucket, pool, state, place, generator):
-        """Images at `place` ``[T, ...]`` of the pool, moved, permuted and with pixels dropped as the tasks demand."""
-        tasks, device = len(place), place.device
-        flat = bucket.images.images[pool.order[0][place.flatten()].long()].float() / 255
-        extra = None
-        if bucket.turned:
-            flat, extra = turned(flat, generator)
-            extra = extra.view(*place.shape, -1)
-        elif bucket.moved:
-            by = torch.randint(-bucket.moved, bucket.moved + 1, place.shape, generator=generator, device=device)
-            by = (by.flatten(1) * state["moves"][:, None]).flatten()
-            flat = shift(flat, by, torch.zeros_like(by), 0)
-        x = flat.view(tasks, -1, flat[0].numel()) * state["seen"][:, None]
-        x = x.gather(2, state["order"][:, None].expand_as(x))
-        if bucket.drop:
-            kept = torch.rand(x.shape, generator=generator, device=device) >= bucket.drop
-            x = x * (kept | ~state["drops"].view(-1, 1, 1))
-        return x.view(*place.shape, -1), extra
+            key: [[choose(a, b) for a, b in zip(*parts)] for parts in zip(old[key], new)]
+            if isinstance(new, list) else choose(old[key], new)
+            for key, new in fresh.items()
+        }  # fmt: skip
 
     def state_dict(self) -> dict:
         """Step and living networks, for a checkpoint."""
@@ -210,6 +166,73 @@ class RuleTasks:
 
     def load_state_dict(self, state: dict) -> None:
         self.steps, self.alive = state["steps"], state["alive"]
+
+
+def fresh_tasks(bucket, pool, tasks: int, shot: int, mean: float, generator: torch.Generator) -> dict:
+    """T new networks, each with its classes, its order of the pixels and its mask, and the length of its life.
+
+    "phi" as lists of tensors; "classes" ``[T, way]``; "order" ``[T, N_0]``; "seen" ``[T, N_0]``, false for a pixel that
+    is zeroed; "drops" and "moves" ``[T]``; "left" ``[T]``, normal with mean and standard deviation `mean`, at least 1.
+    """
+    device, inputs = generator.device, bucket.widths[0]
+    classes, count = pool.usable(2 * shot)
+    if int(count[0]) < bucket.way:
+        raise ValueError(f"{bucket.images.name} {bucket.images.split} has {int(count[0])} classes of {2 * shot} "
+                         f"images, a bucket asks for {bucket.way}: take fewer classes or examples")  # fmt: skip
+
+    def coin(*shape, p=0.5):
+        return torch.rand(tasks, *shape, generator=generator, device=device) < p
+
+    picked = sample_without_replacement(count.expand(tasks), bucket.way, generator)
+    length = mean + mean * torch.randn(tasks, generator=generator, device=device)
+    return {
+        "phi": [list(part) for part in initial_phi(tasks, bucket.widths, generator)],
+        "classes": classes[0][picked],
+        "order": torch.rand(tasks, inputs, generator=generator, device=device).argsort(1),
+        "seen": ~(coin(1) & coin(inputs, p=bucket.drop)),
+        "drops": coin(),
+        "moves": coin(),
+        "left": length.clamp(min=1),
+    }
+
+
+def unlabelled(bucket, pool, state: dict, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random images of each task's classes as its network sees them, ``[T, *shape, N_0]``."""
+    tasks, device = len(state["left"]), generator.device
+    which = torch.randint(bucket.way, (tasks, *shape), generator=generator, device=device)
+    chosen = state["classes"].gather(1, which.flatten(1)).view_as(which)
+    member = torch.rand(chosen.shape, generator=generator, device=device) * pool.size[0][chosen]
+    return _view(bucket, pool, state, pool.start[0][chosen] + member.long(), generator)[0]
+
+
+def labelled(bucket, pool, state: dict, draws: int, shot: int, generator: torch.Generator):
+    """D draws of two halves of `shot` different images per class ``[T, D, 2, K, N_0]``, labels, more targets."""
+    classes = state["classes"].unsqueeze(1).expand(-1, draws, -1)
+    member = sample_without_replacement(pool.size[0][classes], 2 * shot, generator)
+    place = (pool.start[0][classes].unsqueeze(-1) + member).unflatten(-1, (2, shot))  # [T, D, way, 2, shot]
+    x, extra = _view(bucket, pool, state, place.transpose(2, 3).flatten(3), generator)
+    labels = torch.arange(bucket.way, device=x.device).repeat_interleave(shot).expand(*x.shape[:-1])
+    return x, labels, extra
+
+
+def _view(bucket, pool, state: dict, place: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    """Images at `place` ``[T, ...]`` of the pool, moved, permuted and with pixels dropped as the tasks demand."""
+    tasks, device = len(place), place.device
+    flat = bucket.images.images[pool.order[0][place.flatten()].long()].float() / 255
+    extra = None
+    if bucket.turned:
+        flat, extra = turned(flat, generator)
+        extra = extra.view(*place.shape, -1)
+    elif bucket.moved:
+        by = torch.randint(-bucket.moved, bucket.moved + 1, place.shape, generator=generator, device=device)
+        by = (by.flatten(1) * state["moves"][:, None]).flatten()
+        flat = shift(flat, by, torch.zeros_like(by), 0)
+    x = flat.view(tasks, -1, flat[0].numel()) * state["seen"][:, None]
+    x = x.gather(2, state["order"][:, None].expand_as(x))
+    if bucket.drop:
+        kept = torch.rand(x.shape, generator=generator, device=device) >= bucket.drop
+        x = x * (kept | ~state["drops"].view(-1, 1, 1))
+    return x.view(*place.shape, -1), extra
 
 
 def turned(x: Tensor, generator: torch.Generator, reach: float = 5 / 14) -> tuple[Tensor, Tensor]:
@@ -223,46 +246,3 @@ def turned(x: Tensor, generator: torch.Generator, reach: float = 5 / 14) -> tupl
     turn = torch.stack([cosine, -sine, right, sine, cosine, down], 1).view(n, 2, 3)
     grid = F.affine_grid(turn, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False), torch.cat([sine[:, None], cosine[:, None], by], 1)
-
-
-class RuleLearner(nn.Module):
-    """The rule as a learner of `training.train`: `loss` runs a truncation and leaves its networks where they ended.
-
-    Args:
-        rule: what is meta-trained.
-        clip: bound on the norm of the gradient (App. H.2).
-        recompute: see `UpdateRule.forward`; less memory for a third more time.
-        seconds: a budget for each call of `loss`. Tasks are then run one by one, and those that the time does not
-            suffice for are left out (at least one is run): processes on uneven machines need not wait for each other.
-    """
-
-    def __init__(self, rule: UpdateRule, clip: float = 5.0, recompute: bool = False, seconds: float | None = None):
-        super().__init__()
-        self.rule, self.clip, self.recompute, self.seconds = rule, clip, recompute, seconds
-
-    def loss(self, truncation: Truncation) -> tuple[Tensor, Tensor]:
-        """Losses and accuracies ``[T]`` after the U steps (eq-rule-truncation), from detached networks."""
-        if self.seconds is None:
-            return self._run(truncation)
-        started, done = time.monotonic(), []
-        for task in range(len(truncation)):
-            if done and time.monotonic() - started > self.seconds:
-                break
-            done.append(self._run(truncation[task : task + 1]))
-        return tuple(map(torch.cat, zip(*done)))
-
-    def _run(self, truncation: Truncation) -> tuple[Tensor, Tensor]:
-        start = truncation.phi.map(lambda p: p.detach().clone())
-        end = self.rule(start, truncation.x, recompute=self.recompute)
-        for old, new in zip(truncation.phi.tensors(), end.tensors()):
-            old.copy_(new.detach())
-        done = meta_objective(end, truncation.labelled, truncation.labels, truncation.classes, truncation.extra)
-        return done.loss, done.accuracy
-
-    def prepare_gradients(self, loss: Tensor) -> None:
-        """Bound the gradient's norm; without a finite gradient the step is skipped. For `train(prepare=...)`."""
-        params = [p for p in self.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(params, self.clip)
-        if not torch.isfinite(norm + loss):
-            for p in params:
-                p.grad = None
