@@ -39,7 +39,7 @@ def test_buckets_take_turns_and_have_the_promised_shapes(glyphs):
     assert first.labelled.shape == (3, 2, 2, 15, 64) and first.labels.shape == (3, 2, 2, 15) and first.extra is None
     assert [w.shape[1:] for w in first.phi.w] == [(64, 6), (6, 32)]
     assert second.classes == 4 and second.extra.shape == (3, 2, 2, 20, 4) and len(second.phi.w) == 3
-    assert (0 <= first.x).all() and (first.x <= 1).all()
+    assert first.x.min() >= 0 and first.x.max() <= 1
     part = first[1:]
     assert len(part) == 2 and torch.equal(part.phi.w[0], first.phi.w[0][1:])
 
@@ -48,7 +48,7 @@ def test_networks_live_on_until_their_time_is_up(glyphs):
     tasks, g = RuleTasks([Bucket(glyphs, 3, (6,))], SHORT, batch=6, draws=1), generator()
     learner = RuleLearner(UpdateRule("small", lr=1e-2))
     ended, lived = 0, 0
-    before = None
+    before = alive = None
     for _ in range(12):
         truncation = tasks.sample(4, 0, 5, 0, g)
         if before is not None:
@@ -184,7 +184,8 @@ def test_a_budget_leaves_tasks_out_but_never_all(glyphs):
 def test_pes_on_a_fresh_pair_is_the_antithetic_estimate(glyphs):
     """And from the second truncation on it weighs with all noise since the pair began."""
     learner = PESLearner(UpdateRule("small", lr=1e-2), sigma=0.1)
-    tasks = RuleTasks([Bucket(glyphs, 3, (6,))], replace(SHORT, length=(1e6, 1e6)), batch=6, draws=1, theta=learner.size)
+    lasting = replace(SHORT, length=(1e6, 1e6))
+    tasks = RuleTasks([Bucket(glyphs, 3, (6,))], lasting, batch=6, draws=1, theta=learner.size)
     g, params = generator(), [learner.rule.get_parameter(name) for name in learner.names]
     noise = learner.noise.clone_state()
     total = torch.zeros(learner.size)
@@ -212,7 +213,8 @@ class Recorder(RuleLearner):
     """Keeps the gradients that Adam would see."""
 
     def __init__(self):
-        super().__init__(UpdateRule("small", lr=1e-2, generator=generator(3)))
+        # The budget makes it run tasks one by one: rounding in float32 then does not depend on who is with whom.
+        super().__init__(UpdateRule("small", lr=1e-2, generator=generator(3)), seconds=1e9)
         self.seen = []
 
     def prepare_gradients(self, loss):
@@ -225,21 +227,23 @@ import os, sys, torch
 from tests.test_rule_tasks import Recorder, meta_train
 from umeta_core.data import load
 torch.set_num_threads(1)
-learner, _ = meta_train(load("glyphs", "val", size=8), 4, Recorder(), tasks=int(sys.argv[2]), lr=0.0)
+seen = {}
+for tasks in (2, 3):
+    seen[tasks] = meta_train(load("glyphs", "val", size=8), 4, Recorder(), tasks=tasks, lr=0.0)[0].seen
 if os.environ["RANK"] == "0":
-    torch.save(learner.seen, sys.argv[1])
+    torch.save(seen, sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("tasks", [2, 3])
-def test_two_processes_are_one(glyphs, tmp_path, tasks):
+def test_two_processes_are_one(glyphs, tmp_path):
     """Two gloo ranks, each with its own networks (2 and 1 of three), have the gradients of one process on all tasks."""
     (tmp_path / "run.py").write_text(SCRIPT)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, tmp_path / "run.py", tmp_path / "two.pt", str(tasks)], env=env, capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run([*launch, tmp_path / "run.py", tmp_path / "two.pt"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, _ = meta_train(glyphs, 4, Recorder(), tasks=tasks, lr=0.0)
-    for a, b in zip(one.seen, torch.load(tmp_path / "two.pt", weights_only=True)):
-        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+    saved = torch.load(tmp_path / "two.pt", weights_only=True)
+    for tasks, tolerance in ((2, 1e-6), (3, 1e-5)):  # of three, the sums of float32 are in another order
+        one, _ = meta_train(glyphs, 4, Recorder(), tasks=tasks, lr=0.0)
+        for a, b in zip(one.seen, saved[tasks]):
+            assert (a - b).abs().max() < tolerance * a.abs().max()

@@ -59,6 +59,7 @@ class SetBlock(nn.Module):
 
     Against a transformer's layer: what attention adds to is the *projected* query, scores are divided by the root of
     the whole width and not of a head's, and one linear layer with ReLU is added after (the paper's Table 3 has ELU).
+    (eq-gmvae-block)
     """
 
     def __init__(self, width: int, heads: int = 4, generator: torch.Generator | None = None):
@@ -326,7 +327,10 @@ class MetaGMVAE(nn.Module):
         return self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of q(z | x, D), ``[T, M, d]`` each, given features ``[T, M, features]`` (eq. 5)."""
+        """Mean and log-variance of q(z | x, D), ``[T, M, d]`` each, given features ``[T, M, features]`` (eq. 5).
+
+        (eq-gmvae-posterior)
+        """
         sets = h if self.set_level else h.flatten(0, 1).unsqueeze(1)
         mean, log_variance = self.set_encoder(sets).view(*h.shape[:2], -1).split(self.latent, 2)
         return mean, log_variance
@@ -334,7 +338,7 @@ class MetaGMVAE(nn.Module):
     def prior(self, z: Tensor, noise: torch.Generator) -> Mixture:
         """The mixture that EM fits to the samples of each set ``[T, M, N, d]`` (eq. 6 and 7); N(0, I) if not episodic.
 
-        It starts from K different samples, two of which may be of one image (reference code).
+        It starts from K different samples, two of which may be of one image (reference code). (eq-gmvae-prior)
         """
         pooled = z.detach().flatten(1, 2)
         if not self.episodic:
@@ -347,7 +351,7 @@ class MetaGMVAE(nn.Module):
     def loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Minus the objective (eq. 9) ``[T]``, on all images of an episode as one set without labels.
 
-        The second value, accuracy elsewhere, is 0: there are no labels.
+        The second value, accuracy elsewhere, is 0: there are no labels. (eq-gmvae-objective)
         """
         xs, _, xq, _ = episodes.flat()
         x = torch.cat([xs, xq], 1)
@@ -364,6 +368,7 @@ class MetaGMVAE(nn.Module):
 
         x: images ``[T, M, C, H, W]``, or features. The second, a Monte Carlo estimate of a KL divergence (a mixture
         has no closed form), is unbiased given the prior. The prior is a constant: there is no gradient through EM.
+        (eq-gmvae-kl)
         """
         mean, log_variance = (s.unsqueeze(2) for s in self.posterior(self.features(x)))
         epsilon = torch.randn(
@@ -412,6 +417,7 @@ class MetaGMVAE(nn.Module):
         """log of the mean of p(y | z) over a query's samples, ``[S, q, K]`` (eq. 11).
 
         Features of support ``[S, m, features]``, labels ``[S, m]`` and queries ``[S, q, features]`` are S sets.
+        (eq-gmvae-predict)
         """
         mixture, _, z = self.adapt(support, y, query, way)
         log_p = mixture.log_joint(z).log_softmax(2).unflatten(1, (-1, self.test_samples))
@@ -421,6 +427,7 @@ class MetaGMVAE(nn.Module):
         """The mixture of one component for each class (eq. 10) and the samples of support and queries it is fitted to.
 
         Shapes as in `classify`; the samples of one image follow one another: ``[S, m*N, d]`` and ``[S, q*N, d]``.
+        (eq-gmvae-semi)
         """
         m = support.shape[1]
         mean, log_variance = (s.unsqueeze(2) for s in self.posterior(torch.cat([support, query], 1)))
