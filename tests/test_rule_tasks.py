@@ -83,7 +83,7 @@ def test_pixels_of_a_task_have_one_order(glyphs):
         wanted = flat[:, state["order"][t]]
         rows = truncation.x[t].flatten(0, 1)
         distance = torch.cdist(rows, wanted).min(1)
-        assert distance.values.max() < 1e-3
+        assert distance.values.max() < 1e-2
         assert set(glyphs.labels[distance.indices].tolist()) <= set(state["classes"][t].tolist())
     assert not torch.equal(*state["order"])
 

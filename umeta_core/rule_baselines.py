@@ -18,7 +18,7 @@ BIN = 1 / 255  # width of a gray level
 
 
 def vae_path(task: Trial, at: tuple[int, ...], width: int = 128, lr: float = 1e-4, batch: int = 128):
-    """Train a VAE on the unlabelled images; yields loss ``[T]`` and accuracy ``[T]`` of its latent means at each of `at`.
+    """Train a VAE on unlabelled images; yields loss ``[T]`` and accuracy ``[T]`` of its latent means at each of `at`.
 
     Three layers of `width` units with batch norm and ReLU, linear mean and log deviation of 32 latents, the mirrored
     decoder; the likelihood of a gray level is the mass that a normal of learned mean and deviation has on it (H.1).
