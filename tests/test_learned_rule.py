@@ -16,6 +16,7 @@ from umeta_core.learned_rule import (
     ridge_readout,
     run_network,
 )
+from umeta_core.results import provenance
 
 
 def generator(seed=0):
@@ -263,7 +264,7 @@ def test_the_mean_bias_is_never_pushed_up():
 def test_save_and_restore(tmp_path):
     rule, phi, x = setting()
     rule = rule.float()
-    rule.save(tmp_path / "rule.pt", steps=3)
+    rule.save(tmp_path / "rule.pt", steps=3, **provenance())
     again = UpdateRule.restore(tmp_path / "rule.pt")
     assert again.about["steps"] == 3 and again.lr == rule.lr
     phi, x = phi.map(torch.Tensor.float), x.float()

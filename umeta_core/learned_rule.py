@@ -7,6 +7,7 @@ unlabelled batch, L the number of layers, N_l the width of layer l, and N_L the 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ class UpdateRule(nn.Module):
         return states
 
     def weight_planes(self, w: Tensor, h: tuple[Tensor, Tensor], x: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """The candidate changes ``[T, N_{l-1}, N_l]`` of one layer by name (App. 44-57; eq-rule-planes).
+        """The candidate changes ``[T, N_{l-1}, N_l]`` of one layer by name (App. 44-57) (eq-rule-planes).
 
         w: normalized weights; h: states of the lower and the upper layer; x: their activations ``[T, B, N]``.
         """
@@ -213,7 +214,7 @@ class UpdateRule(nn.Module):
         return planes
 
     def merged(self, w: Tensor, planes: dict[str, Tensor]) -> Tensor:
-        """One change from all planes (App. 58-62; eq-rule-merge): a weighted mean that cannot shrink the weights."""
+        """One change from all planes (App. 58-62) (eq-rule-merge): a weighted mean that cannot shrink the weights."""
         n = len(self.planes)
         change = sum(m * bounded(planes[name]) for m, name in zip(self.merge, self.planes))
         change = (change + self.merge_shift) / n
@@ -264,7 +265,8 @@ class UpdateRule(nn.Module):
         """Write theta and how it was made."""
         from .embeddings.base import write_atomically
 
-        state = {"config": self.config, "theta": self.state_dict(), "about": about}
+        # Through JSON, since torch.__version__ is a class that a safe reader refuses.
+        state = {"config": self.config, "theta": self.state_dict(), "about": json.loads(json.dumps(about))}
         write_atomically(state, path)
 
     @classmethod
@@ -372,7 +374,7 @@ def weight_statistics(w: Tensor, over: int) -> Tensor:
 
 
 def normalized_weights(w: Tensor) -> Tensor:
-    """W with root mean square 1 over the inputs of each neuron (App. 43; eq-rule-normalized)."""
+    """W with root mean square 1 over the inputs of each neuron (App. 43) (eq-rule-normalized)."""
     return w * torch.rsqrt(w.square().mean(1, keepdim=True) + 1e-6)
 
 
@@ -409,7 +411,7 @@ class Readout(NamedTuple):
 
 
 def ridge_readout(features: Tensor, labels: Tensor, classes: int, extra: Tensor | None = None, ridge=0.1) -> Readout:
-    """Fit on one half of the examples, measure on the other (App. 18-28; eq-rule-ridge).
+    """Fit on one half of the examples, measure on the other (App. 18-28) (eq-rule-ridge).
 
     features: ``[..., 2, K, n]``, halves a and b; labels: ``[..., 2, K]``; extra: more targets ``[..., 2, K, r]``, for
     example a known rotation. The bias is not penalized; the loss includes the ridge's penalty (reference code).
