@@ -150,6 +150,7 @@ def test_a_figure_is_a_record_with_its_theta(tmp_path, monkeypatch):
     assert {"PCA", "pixels", "supervised", "VAE", "theta at its start"} <= set(done) and record["commit"]
 
 
-def test_variance_of_both_estimators_is_finite():
+def test_variance_of_both_estimators():
     done = rule_figures.variance(UpdateRule("small", lr=1e-3), unrolls=(1, 2), samples=3)
-    assert all(np.isfinite(v["relative"]) for kind in ("backpropagation", "evolution") for v in done[kind])
+    for v in done["backpropagation"] + done["evolution"]:
+        assert v["variance"] > 0 and (v["relative"] is None or v["relative"] > 0)

@@ -118,6 +118,7 @@ class UpdateRule(nn.Module):
             raise ValueError(f"unknown size {size!r} of the rule: choose from {', '.join(SIZES)}")
         if planes not in ("code", "paper"):
             raise ValueError(f"unknown planes {planes!r}: choose code (twelve) or paper (ten)")
+        self.about: dict = {}
         self.config = {"size": size, "lr": lr, "planes": planes, "guard": guard}
         self.lr, self.guard = lr, guard
         self.planes = tuple(p for p in PLANES if planes == "code" or p not in NOT_IN_PAPER)

@@ -74,7 +74,8 @@ def imdb(split: str, words: int = 1000) -> ImageSet:
 
 def datasets(theta: UpdateRule, names=tuple(HELD_OUT), networks=8, vae_steps=(500, 2000), seed=0) -> dict:
     """Figure 4 with the controls that it lacks, for each held-out data set; missing data are left out and said."""
-    untrained, done = UpdateRule(**theta.config, generator=torch.Generator().manual_seed(seed)), {}
+    start = torch.Generator().manual_seed(theta.about.get("seed", 0))
+    untrained, done = UpdateRule(**theta.config, generator=start), {}
     for name in names:
         started = time.perf_counter()
         try:
@@ -169,8 +170,9 @@ def variance(theta: UpdateRule, unrolls=(1, 2, 4, 8, 16), samples=24, sigma=0.03
             generator = torch.Generator().manual_seed(seed)
             gradients = torch.stack([_gradient(learner, source, generator) for _ in range(samples)])
             mean, spread = gradients.mean(0), gradients.var(0).sum()
-            signal = (mean.square().sum() - spread / samples).clamp_min(1e-20)  # the noise of the mean taken off
-            done[kind].append({"variance": spread.item(), "relative": (spread / signal).item()})
+            signal = mean.square().sum() - spread / samples  # the noise of the mean taken off
+            relative = (spread / signal).item() if signal > 0 else None  # None: the mean cannot be told from 0
+            done[kind].append({"variance": spread.item(), "relative": relative})
     return {"unrolls": unrolls, "samples": samples, "sigma": sigma, **done}
 
 
@@ -195,18 +197,20 @@ def main() -> None:
     parser.add_argument("--theta", type=Path, help="file of `rule_runs`; without it the package's own")
     parser.add_argument("--thetas", type=Path, help="folder of `rule_runs`, for `training`")
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--networks", type=int, help="how many each number is the mean of")
     parser.add_argument("--folder", type=Path, help="where to write (default: results/learned_rule/figures)")
     a = parser.parse_args()
     tune_cpu()
     started = time.perf_counter()
+    many = {} if a.networks is None else {"networks": a.networks}
     if a.figure == "training":
-        record = training(a.thetas, a.checkpoint)
+        record = training(a.thetas, a.checkpoint, **many)
         about = UpdateRule.restore(sorted(a.thetas.glob("*.pt"))[-1]).about
     elif a.figure == "mismatch":
-        about, record = {}, mismatch()
+        about, record = {}, mismatch(**many)
     else:
         theta = UpdateRule.restore(a.theta) if a.theta else UpdateRule.pretrained()
-        about, record = theta.about, FIGURES[a.figure](theta)
+        about, record = theta.about, FIGURES[a.figure](theta, **({} if a.figure == "variance" else many))
     record = {"figure": a.figure, "theta": about, **record, "wall_seconds": round(time.perf_counter() - started, 1),
               **provenance()}  # fmt: skip
     name = a.figure + (f"-{about['plan']}-seed{about['seed']}" if about else "")
