@@ -115,11 +115,12 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="less memory, a third more time")
     a = parser.parse_args()
     tune_cpu()
+    origin = provenance(a.device)  # now, as the code may change while it runs
     held_out = trial(load("glyphs", "val", size=8, device=a.device), networks=4, seed=1)
 
     def keep(learner: RuleLearner, step: int) -> float:
         """Save theta; its accuracy in percent on unseen characters after 100 steps of the rule."""
-        learner.rule.save(a.out / f"{step:06d}.pt", plan=a.plan, seed=a.seed, steps=step, **provenance(a.device))
+        learner.rule.save(a.out / f"{step:06d}.pt", plan=a.plan, seed=a.seed, steps=step, **origin)
         return 100 * rule_curve(learner.rule, held_out, (100,)).mean().item()
 
     meta_train(a.plan, a.seed, steps=a.steps, device=a.device, recompute=a.recompute, seconds=a.seconds, keep=keep,
