@@ -56,8 +56,8 @@ class PESLearner(RuleLearner):
 
     Vicol et al. 2021 (not in Metz et al.). Each task has a pair of networks, one trained by theta + e, one by
     theta - e, with fresh noise e in every truncation; the gradient weighs the difference of their losses with the sum
-    of all noise since the pair began, so unlike truncated back-propagation it is not biased towards short horizons,
-    and its variance does not explode with the unroll. Give `RuleTasks` the argument ``theta=learner.size``.
+    of all noise since the pair began, so unlike truncated back-propagation it is not biased towards short horizons.
+    The price is variance (`rule_figures.variance`). Give `RuleTasks` the argument ``theta=learner.size``.
 
     Args:
         sigma: standard deviation of the noise.

@@ -148,7 +148,8 @@ class RuleTasks:
             # Ages must differ, else every batch would see one phase of training.
             fresh["left"] *= torch.rand(tasks, generator=generator, device=generator.device)
             return fresh
-        sane = torch.stack([p.flatten(1).isfinite().all(1) for part in old["phi"] for p in part]).all(0)
+        networks = [*old["phi"], *old.get("below", [])]
+        sane = torch.stack([p.flatten(1).isfinite().all(1) for part in networks for p in part]).all(0)
         keep = (old["left"] > 0) & sane
 
         def choose(a, b):
