@@ -74,7 +74,7 @@ EMBEDDINGS = {
     ("GAN", "omniglot"): EmbeddingPlan("msgan", {}, _epochs(1, 1, 500)),
     ("short VAE", "omniglot"): EmbeddingPlan("vae", {"autocast": True}, _epochs(1, 5, 50), seconds=50,
                                               deviation="VAE for 50 epochs"),
-    ("short GAN", "omniglot"): EmbeddingPlan("msgan", {"autocast": True}, _epochs(1, 1, 40), seconds=145,
+    ("short GAN", "omniglot"): EmbeddingPlan("msgan", {"autocast": True}, _epochs(1, 1, 40), seconds=85,
                                               deviation="GAN for 40 epochs"),
     ("untrained GAN", "omniglot"): EmbeddingPlan("msgan", {}, _epochs(0, 0, 0)),
     ("DeepCluster", "celeba_identity"): EmbeddingPlan("deepcluster", {"view": "resize"}, _epochs(1, 1, 200), batch=256),
