@@ -198,13 +198,13 @@ def main() -> None:
     parser.add_argument("--thetas", type=Path, help="folder of `rule_runs`, for `training`")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--networks", type=int, help="how many each number is the mean of")
-    parser.add_argument("--data", nargs="+", choices=HELD_OUT, metavar="NAME", help="for `datasets`; all without it")
+    parser.add_argument("--data", nargs="+", choices=HELD_OUT, metavar="NAME", help="for `datasets` and `training`")
     parser.add_argument("--folder", type=Path, help="where to write (default: results/learned_rule/figures)")
     a = parser.parse_args()
     tune_cpu()
     started = time.perf_counter()
     many = {} if a.networks is None else {"networks": a.networks}
-    if a.data and a.figure == "datasets":
+    if a.data and a.figure in ("datasets", "training"):
         many["names"] = tuple(a.data)
     if a.figure == "training":
         record = training(a.thetas, a.checkpoint, **many)
