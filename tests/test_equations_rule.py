@@ -256,10 +256,10 @@ def test_eq_rule_pes():
     pair = [shown.phi.map(lambda p: p.clone()) for _ in range(2)]
     shown.noise = {"below": [list(part) for part in shown.phi.map(lambda p: p.clone())],
                    "noise": torch.zeros(1, learner.size, dtype=torch.float64)}  # fmt: skip
-    g, total = rng(5), torch.zeros(learner.size, dtype=torch.float64)
+    twin, total = PESLearner(rule, seed=5), torch.zeros(learner.size, dtype=torch.float64)
     start = torch.nn.utils.parameters_to_vector(theta(rule)).detach().clone()
     for _ in range(2):
-        e = sigma * torch.randn(learner.size, generator=g).double()
+        e = sigma * torch.randn(learner.size, generator=twin._noise()).double()
         total += e
         values = []
         for which, sign in enumerate((1, -1)):

@@ -70,7 +70,7 @@ def test_controls_do_not_depend_on_the_order_of_the_pixels(digits):
     both = [trial(digits, networks=2, draws=3, seed=1, shuffle=s) for s in (True, False)]
     for control in (pixel_accuracy, pca_accuracy):
         a, b = (control(each) for each in both)
-        assert (a - b).abs().max() < 0.12 and a.min() > 0.6  # other draws of images, the same task
+        assert (a - b).abs().max() < 1e-3 and a.min() > 0.6
 
 
 def test_pca_is_scikit_learns(task):
@@ -150,10 +150,25 @@ def test_a_figure_is_a_record_with_its_theta(tmp_path, monkeypatch):
     assert {"PCA", "pixels", "supervised", "VAE", "theta at its start"} <= set(done) and record["commit"]
 
 
-def test_variance_of_both_estimators():
-    done = rule_figures.variance(UpdateRule("small", lr=1e-3), unrolls=(1, 2), samples=3)
-    for v in done["backpropagation"] + done["evolution"]:
-        assert v["variance"] > 0 and (v["relative"] is None or v["relative"] > 0)
+def test_variance_of_both_estimators(monkeypatch):
+    """Of gradients that are known: mean 3 or 0 in each of 50 numbers, variance 1."""
+    for mean, expected in ((3.0, 1 / 9), (0.0, None)):
+        noise = generator(7)
+        monkeypatch.setattr(rule_figures, "_gradient", lambda *_: mean + torch.randn(50, generator=noise))  # noqa: B023
+        done = rule_figures.variance(UpdateRule("small", lr=1e-3), unrolls=(1,), samples=200)
+        for v in (*done["backpropagation"], *done["evolution"]):
+            assert v["variance"] == pytest.approx(50, rel=0.05)
+            assert v["relative"] == (None if expected is None else pytest.approx(expected, rel=0.05))
+
+
+def test_a_gradient_is_that_of_a_truncation():
+    found = rule_figures.variance(UpdateRule("small", lr=1e-3), unrolls=(1,), samples=3)
+    assert all(v["variance"] > 0 for kind in ("backpropagation", "evolution") for v in found[kind])
+
+
+def test_judging_on_other_classes_is_refused(digits):
+    with pytest.raises(ValueError, match="other classes"):
+        trial(load("glyphs", "train", size=8), digits, networks=1)
 
 
 def test_the_pretrained_rule_improves_a_network_on_data_it_never_saw(digits):

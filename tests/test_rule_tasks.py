@@ -108,7 +108,7 @@ def test_turned_images_say_how():
     column, row = (moved.sum((1, 2)) * grid).sum(1), (moved.sum((1, 3)) * grid).sum(1)
     mass = moved.flatten(1).sum(1)
     sine, cosine, right, down = how[inside].T
-    # The picture turns by -angle about the center, then moves.
+    # The picture moves, and is then turned by -angle about the center.
     reach = 15 * 5 / 14
     shift_right, shift_down = right * reach, down * reach
     expected = torch.stack([7 + 3 * cosine, 7 - 3 * sine], 1)
@@ -179,6 +179,29 @@ def test_a_budget_leaves_tasks_out_but_never_all(glyphs):
     together, _ = RuleLearner(rule).loss(source(glyphs).sample(3, 0, 5, 0, generator()))
     assert len(losses) == 1 and len(complete) == 3
     torch.testing.assert_close(complete, together, rtol=1e-3, atol=1e-4)
+    learner, seen = RuleLearner(rule, seconds=0.0), []
+    for _ in range(4):  # the next call begins where the time ran out
+        seen.append(learner.loss(source(glyphs).sample(3, 0, 5, 0, generator()))[0])
+    torch.testing.assert_close(torch.cat(seen), together[[0, 1, 2, 0]], rtol=1e-3, atol=1e-4)
+
+
+def test_processes_have_noise_of_their_own(monkeypatch):
+    drawn = []
+    for rank, seed in (("0", 0), ("1", 0), ("0", 1), ("0", 0)):
+        monkeypatch.setenv("RANK", rank)
+        drawn.append(torch.randn(5, generator=PESLearner(UpdateRule("small"), seed=seed)._noise()))
+    assert torch.equal(drawn[0], drawn[3]) and len({tuple(d.tolist()) for d in drawn}) == 3
+
+
+def test_one_of_several_processes_resumes_with_fresh_networks(glyphs, monkeypatch):
+    tasks, resumed = source(glyphs), source(glyphs)
+    tasks.sample(2, 0, 5, 0, generator())
+    state = tasks.state_dict()
+    resumed.load_state_dict(state)
+    assert resumed.alive[0] is not None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    resumed.load_state_dict(state)
+    assert resumed.alive == [None] * len(resumed.buckets) and resumed.steps == 1
 
 
 def test_pes_on_a_fresh_pair_is_the_antithetic_estimate(glyphs):
@@ -187,14 +210,14 @@ def test_pes_on_a_fresh_pair_is_the_antithetic_estimate(glyphs):
     lasting = replace(SHORT, length=(1e6, 1e6))
     tasks = RuleTasks([Bucket(glyphs, 3, (6,))], lasting, batch=6, draws=1, theta=learner.size)
     g, params = generator(), [learner.rule.get_parameter(name) for name in learner.names]
-    noise = learner.noise.clone_state()
+    twin = PESLearner(learner.rule, sigma=0.1)
     total = torch.zeros(learner.size)
     for _ in range(2):
         truncation = tasks.sample(1, 0, 5, 0, g)
         before = [truncation.phi.map(torch.clone), type(truncation.phi)(*truncation.noise["below"]).map(torch.clone)]
         losses, _ = learner.loss(truncation)
         grads = torch.autograd.grad(losses.sum(), params)
-        e = 0.1 * torch.randn(learner.size, generator=noise)
+        e = 0.1 * torch.randn(learner.size, generator=twin._noise())
         total += e
         values = []
         for sign, phi in zip((1, -1), before):

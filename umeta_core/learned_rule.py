@@ -88,8 +88,10 @@ def run_network(phi: Phi, x: Tensor, activation: str = "relu") -> tuple[list[Ten
     """Activations x^0..x^L after and z^0..z^L before the nonlinearity, each ``[T, B, N_l]``; z^0 is x^0.
 
     The base model of Metz et al., App. G (eq-rule-forward): batch norm with the batch's own statistics, always, with a
-    shift and no scale; a nonlinearity also on the embedding x^L.
+    shift and no scale; a nonlinearity also on the embedding x^L. ValueError: no such nonlinearity.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
     xs, zs = [x], [x]
     for w, b in zip(phi.w, phi.b):
         z = xs[-1] @ w
@@ -215,7 +217,8 @@ class UpdateRule(nn.Module):
         return planes
 
     def merged(self, w: Tensor, planes: dict[str, Tensor]) -> Tensor:
-        """One change from all planes (App. 58-62) (eq-rule-merge): a weighted mean that cannot shrink the weights."""
+        """One change from all planes (App. 58-62) (eq-rule-merge): a weighted mean, from which is taken off what
+        would shrink the matrix as a whole, before its columns are bounded (App. 61)."""
         n = len(self.planes)
         change = sum(m * bounded(planes[name]) for m, name in zip(self.merge, self.planes))
         change = (change + self.merge_shift) / n
@@ -290,17 +293,22 @@ class UpdateRule(nn.Module):
         return cls.restore(Path(__file__).with_name("pretrained") / "update_rule.pt")
 
     @torch.no_grad()
-    def fit(self, x: Tensor, steps: int = 200, hidden=(32, 32), batch: int = 64, seed: int = 0, activation="relu"):
+    def fit(self, x: Tensor, steps: int = 200, hidden=(32, 32), batch: int = 32, seed: int = 0, activation="relu"):
         """Train a fresh network on rows x ``[n, N_0]`` (uint8 of 0..255, or floats in 0..1) without labels.
+
+        The batch is that of the meta-training of `pretrained`.
 
         Returns:
             a `Trained` network: ``features(x) -> [n, 32]``.
 
         Raises:
-            ValueError: x is no matrix, or has fewer rows than a batch.
+            ValueError: x is no matrix, has fewer rows than a batch, or has numbers that are not finite or beyond 0..1.
         """
         if x.ndim != 2 or len(x) < batch:
             raise ValueError(f"x has shape {tuple(x.shape)}: give a matrix of at least {batch} rows or a smaller batch")
+        low, high = (float(edge) for edge in as_float(x).aminmax())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"x has numbers from {low:g} to {high:g}: scale it to 0..1, or give bytes as uint8")
         g = torch.Generator(device=x.device).manual_seed(seed)
         phi = initial_phi(1, (x.shape[1], *hidden, EMBEDDING), g)
         for _ in range(steps):
@@ -316,7 +324,12 @@ class Trained(NamedTuple):
     activation: str
 
     def features(self, x: Tensor) -> Tensor:
-        """The embedding ``[n, 32]`` of rows x ``[n, N_0]``, with batch norm over these n rows together."""
+        """The embedding ``[n, 32]`` of rows x ``[n, N_0]``, with batch norm over these n rows together.
+
+        ValueError: fewer than two rows, of which batch norm would leave nothing.
+        """
+        if len(x) < 2:
+            raise ValueError("features of fewer than two rows: batch norm needs others beside it, give them together")
         return run_network(self.phi, as_float(x)[None], self.activation)[0][-1][0]
 
 

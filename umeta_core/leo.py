@@ -5,7 +5,6 @@ All shapes are for T tasks at once; N ways, K shots, features of d = 640 and cod
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from .episodes import Episodes
 from .fast_leo import QueryLoss
 from .maml import accuracy, cross_entropy
 from .networks import glorot_uniform
+from .training import noise_of_call
 
 HIDDEN = 128  # units of the relation network
 
@@ -257,9 +257,8 @@ class LEO(nn.Module):
 
     def _noise(self, like: Tensor, test=False) -> torch.Generator:
         """A new generator for each call of `loss`, on the device of `like`; each process of several has its own."""
-        rank = int(os.environ.get("RANK", 0))
         self.draws += not test
-        return torch.Generator(like.device).manual_seed((self.seed * 1009 + rank) * 2**32 + self.draws * (not test))
+        return noise_of_call(like.device, self.seed, 0 if test else self.draws)
 
     def get_extra_state(self) -> dict:
         return {"draws": self.draws}

@@ -8,7 +8,6 @@ the E-step at test time.
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from .data import ImageSet
 from .em import Mixture, em, labeled_start, random_start
 from .episodes import Episodes
 from .fast_conv4 import Geometry, batch_statistics, channels_last, conv_block
+from .training import noise_of_call
 
 LOG_2PI = math.log(2 * math.pi)
 CACHE = 1 << 18  # numbers of a map that are handled at a time on a CPU
@@ -454,9 +454,8 @@ class MetaGMVAE(nn.Module):
 
     def _noise(self, like: Tensor) -> torch.Generator:
         """A new generator for each call of `loss`, on the device of `like`; each process of several has its own."""
-        rank = int(os.environ.get("RANK", 0))
         self.draws += 1
-        return torch.Generator(like.device).manual_seed((self.seed * 1009 + rank) * 2**32 + self.draws)
+        return noise_of_call(like.device, self.seed, self.draws)
 
     def get_extra_state(self) -> dict:
         return {"draws": self.draws}

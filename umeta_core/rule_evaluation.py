@@ -49,9 +49,12 @@ def trial(images: ImageSet, judged: ImageSet | None = None, *, networks=8, way=1
     With `shuffle` each network sees the pixels in an order of its own. The same arguments give the same trial.
 
     Raises:
-        ValueError: too few classes, or too few images of a class.
+        ValueError: too few classes, or too few images of a class, or `judged` has other classes.
     """
     judged = judged or images
+    if judged.class_names != images.class_names:
+        raise ValueError(f"{judged.name} {judged.split} has other classes than {images.name} {images.split}; judge a "
+                         "rule on images of the classes that it is shown")  # fmt: skip
     bucket = Bucket(images, way, tuple(hidden), drop=0.0, moved=0)
     pool, judging = PartitionTasks(images), PartitionTasks(judged)
     generator = torch.Generator(device=images.labels.device).manual_seed(seed)

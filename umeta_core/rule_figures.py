@@ -155,11 +155,12 @@ def training(thetas: Path, checkpoint: Path | None, names=("unseen characters, 8
     return {"networks": networks, "steps": 200, **done}
 
 
-def variance(theta: UpdateRule, unrolls=(1, 2, 4, 8, 16), samples=24, sigma=0.03, seed=0) -> dict:
+def variance(theta: UpdateRule, unrolls=(1, 2, 4, 8, 16), samples=96, sigma=0.03, seed=0) -> dict:
     """Relative variance of the meta-gradient of one truncation against its unroll, by both estimators.
 
-    The trace of the covariance over the squared norm of the mean, over draws of networks, batches and noise. For PES
-    the pair is fresh, so that both estimate the gradient of the same loss.
+    The trace of the covariance over the squared norm of the mean, over draws of networks, batches and noise; None where
+    that norm is within two standard errors of 0. For PES the pair is fresh, so that both estimate the gradient of the
+    same loss.
     """
     done = {"backpropagation": [], "evolution": []}
     images = load("glyphs", "train", size=8)
@@ -169,9 +170,10 @@ def variance(theta: UpdateRule, unrolls=(1, 2, 4, 8, 16), samples=24, sigma=0.03
             source = RuleTasks([Bucket(images, 10, (32, 32))], curriculum, 32, 1, theta=getattr(learner, "size", 0))
             generator = torch.Generator().manual_seed(seed)
             gradients = torch.stack([_gradient(learner, source, generator) for _ in range(samples)])
-            mean, spread = gradients.mean(0), gradients.var(0).sum()
-            signal = mean.square().sum() - spread / samples  # the noise of the mean taken off
-            relative = (spread / signal).item() if signal > 0 else None  # None: the mean cannot be told from 0
+            spread, products = gradients.var(0).sum(), gradients @ gradients.T
+            others = (products.sum(1) - products.diagonal()) / (samples - 1)  # their mean: the squared norm, unbiased
+            signal, error = others.mean(), 2 * others.std() / samples**0.5
+            relative = (spread / signal).item() if signal > 2 * error else None
             done[kind].append({"variance": spread.item(), "relative": relative})
     return {"unrolls": unrolls, "samples": samples, "sigma": sigma, **done}
 
@@ -201,6 +203,8 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=HELD_OUT, metavar="NAME", help="for `datasets` and `training`")
     parser.add_argument("--folder", type=Path, help="where to write (default: results/learned_rule/figures)")
     a = parser.parse_args()
+    if a.figure == "training" and not (a.thetas and sorted(a.thetas.glob("*.pt"))):
+        parser.error("training needs --thetas FOLDER, with the files that rule_runs wrote")
     tune_cpu()
     started = time.perf_counter()
     many = {} if a.networks is None else {"networks": a.networks}

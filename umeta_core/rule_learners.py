@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .learned_rule import Phi, Readout, UpdateRule, meta_objective
 from .rule_tasks import Truncation
+from .training import noise_of_call
 
 
 class RuleLearner(nn.Module):
@@ -21,21 +22,25 @@ class RuleLearner(nn.Module):
         recompute: see `UpdateRule.forward`; less memory for a third more time.
         seconds: a budget for each call of `loss`. Tasks are then run one by one, and those that the time does not
             suffice for are left out (at least one is run): processes on uneven machines need not wait for each other.
+            The next call begins with the first task that was left out.
     """
 
     def __init__(self, rule: UpdateRule, clip: float = 5.0, recompute: bool = False, seconds: float | None = None):
         super().__init__()
         self.rule, self.clip, self.recompute, self.seconds = rule, clip, recompute, seconds
+        self.first = 0
 
     def loss(self, truncation: Truncation) -> tuple[Tensor, Tensor]:
         """Losses and accuracies ``[T]`` after the U steps (eq-rule-truncation), from detached networks."""
         if self.seconds is None:
             return self._run(truncation)
         started, done = time.monotonic(), []
-        for task in range(len(truncation)):
+        tasks = len(truncation)
+        for task in (n % tasks for n in range(self.first, self.first + tasks)):
             if done and time.monotonic() - started > self.seconds:
                 break
             done.append(self._run(truncation[task : task + 1]))
+        self.first = (self.first + len(done)) % tasks
         return tuple(map(torch.cat, zip(*done)))
 
     def _run(self, truncation: Truncation) -> tuple[Tensor, Tensor]:
@@ -56,7 +61,7 @@ class PESLearner(RuleLearner):
 
     Vicol et al. 2021 (not in Metz et al.). Each task has a pair of networks, one trained by theta + e, one by
     theta - e, with fresh noise e in every truncation; the gradient weighs the difference of their losses with the sum
-    of all noise since the pair began, so unlike truncated back-propagation it is not biased towards short horizons.
+    of all noise since the pair began, so unlike truncated back-propagation it is not biased toward short horizons.
     The price is variance (`rule_figures.variance`). Give `RuleTasks` the argument ``theta=learner.size``.
 
     Args:
@@ -65,8 +70,7 @@ class PESLearner(RuleLearner):
 
     def __init__(self, rule: UpdateRule, sigma: float = 0.01, seed: int = 0, clip: float = 5.0):
         super().__init__(rule, clip)
-        self.sigma = sigma
-        self.noise = torch.Generator().manual_seed(seed)
+        self.sigma, self.seed, self.draws = sigma, seed, 0
         self.names = [name for name, p in rule.named_parameters() if p.requires_grad]
         self.size = sum(rule.get_parameter(name).numel() for name in self.names)
 
@@ -74,10 +78,10 @@ class PESLearner(RuleLearner):
         """The pairs' mean losses and accuracies ``[T]``; their gradient is the estimate (eq-rule-pes)."""
         params = [self.rule.get_parameter(name) for name in self.names]
         theta = nn.utils.parameters_to_vector(params)
-        losses, accuracies = [], []
+        losses, accuracies, noise = [], [], self._noise()
         for t in range(len(truncation)):
             task = truncation[t : t + 1]
-            e = self.sigma * torch.randn(self.size, generator=self.noise).to(theta)
+            e = self.sigma * torch.randn(self.size, generator=noise).to(theta)
             task.noise["noise"] += e
             networks = ((1, task.phi), (-1, Phi(*task.noise["below"])))
             pair = [self._shifted(sign * e, phi, task) for sign, phi in networks]
@@ -95,11 +99,16 @@ class PESLearner(RuleLearner):
         moved = {name: p + d.view_as(p) for name, p, d in zip(self.names, theta, parts)}
         return _advance(lambda *args: torch.func.functional_call(self.rule, moved, args), phi, task)
 
+    def _noise(self) -> torch.Generator:
+        """A new generator for each call of `loss`; each process of several has its own."""
+        self.draws += 1
+        return noise_of_call("cpu", self.seed, self.draws)
+
     def get_extra_state(self) -> dict:
-        return {"noise": self.noise.get_state()}
+        return {"draws": self.draws}
 
     def set_extra_state(self, state: dict) -> None:
-        self.noise.set_state(state["noise"])
+        self.draws = state["draws"]
 
 
 def _advance(rule, phi: Phi, truncation: Truncation) -> Readout:

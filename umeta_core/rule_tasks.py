@@ -8,6 +8,7 @@ architecture, U unlabelled batches for each, and labelled examples to judge them
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -162,11 +163,13 @@ class RuleTasks:
         }  # fmt: skip
 
     def state_dict(self) -> dict:
-        """Step and living networks, for a checkpoint."""
+        """Step and living networks (of several processes, those of this one), for a checkpoint."""
         return {"steps": self.steps, "alive": self.alive}
 
     def load_state_dict(self, state: dict) -> None:
-        self.steps, self.alive = state["steps"], state["alive"]
+        """What `state_dict` gave; one of several processes starts with fresh networks, as it has not saved its own."""
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        self.steps, self.alive = state["steps"], state["alive"] if alone else [None] * len(self.buckets)
 
 
 def fresh_tasks(bucket, pool, tasks: int, shot: int, mean: float, generator: torch.Generator) -> dict:
@@ -237,7 +240,8 @@ def _view(bucket, pool, state: dict, place: Tensor, generator: torch.Generator) 
 
 
 def turned(x: Tensor, generator: torch.Generator, reach: float = 5 / 14) -> tuple[Tensor, Tensor]:
-    """Images ``[n, C, H, W]`` rotated and moved at random, and how: ``[n, 4]`` sine, cosine, right, down in -1..1."""
+    """Images ``[n, C, H, W]`` moved and then rotated at random, and how: ``[n, 4]`` sine, cosine, right, down in -1..1.
+    """
     n, device = len(x), x.device
     angle = torch.rand(n, generator=generator, device=device) * (2 * math.pi)
     by = torch.rand(n, 2, generator=generator, device=device) * 2 - 1

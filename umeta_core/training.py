@@ -16,6 +16,15 @@ from torch import nn
 from .episodes import Episodes
 
 
+def noise_of_call(device, seed: int, call: int) -> torch.Generator:
+    """A generator for the noise of a learner's `call`-th loss, other for each seed and each process of several.
+
+    All of it is mixed into 32 bits: that is all of a seed that PyTorch's generator on a CPU looks at.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    return torch.Generator(device).manual_seed(((seed * 1009 + rank) * 1_000_003 + call) % 2**32)
+
+
 class NonFiniteLoss(ArithmeticError):
     """The training loss became NaN or infinite; the last checkpoint is from before."""
 
@@ -55,7 +64,7 @@ def train(
         prepare: called with the mean loss before each step of Adam, to change the gradients in place (LEO); it also
             answers for a loss that is not finite, which then stops nothing: the history counts such steps as "skipped".
         checkpoint: file to resume from if it exists and to write every `save_every` seconds and at the end. A resumed
-            run continues bit-identically on the CPU.
+            run continues bit-identically on the CPU, of one process if the source has a state of its own.
         validate: called every `validate_every` steps; its value goes into the history. keep_best: at the end the
             learner has the weights of the highest value, not the last ones (early stopping).
         config: what else must agree for a checkpoint to fit, for example the network's size.
