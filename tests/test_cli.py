@@ -29,7 +29,12 @@ def umeta(*arguments):
         (["train", "oracel-maml"], "unknown row 'oracel-maml'; rows: oracle-protonets, oracle-maml"),
         (["train", "oracle-maml", "--dataset", "onmiglot"], "unknown data set 'onmiglot'"),
         (["train", "oracle-maml", "--dataset", "glyphs", "--device", "gpu"], "unknown device 'gpu'; use cpu, cuda"),
+        (["train", "oracle-maml", "--dataset", "glyphs", "--device", "mps"], "unknown device 'mps'; use cpu, cuda"),
         (["train", "oracle-maml", "--threads", "0"], "must be at least 1, not 0"),
+        (["train", "oracle-maml", "--seed", "-1"], "must be at least 0, not -1"),
+        (["train", "knn-bigan"], "knn-bigan trains nothing: umeta reproduce cactus --rows knn-bigan"),
+        (["data", "features", "cactus-maml-bigan", "folder"], "cactus-maml-bigan does not learn on LEO's features"),
+        (["reproduce", "cactus", "--rows", ",", "--dry-run"], "no row of cactus fits"),
         (["evaluate", "oracle-maml", "--dataset", "glyphs", "--checkpoint", "no.pt"], "no checkpoint no.pt"),
         (["reproduce", "cactus", "--rows", "orcale", "--dry-run"], "no row of cactus fits; its rows: oracle-protonets"),
         (["reproduce", "cactus", "--table", "77", "--dry-run"], "cactus has no table '77'"),
@@ -160,8 +165,11 @@ def test_train_then_evaluate_from_the_checkpoint(tmp_path, capsys):
     assert main(["evaluate", "oracle-protonets", *rest]) == 0
     evaluated = capsys.readouterr().out.splitlines()
     assert len(trained) == 5 and trained[1:] == evaluated[1:]
+    assert main(["train", "oracle-protonets", *rest, "--steps", "1"]) == 2  # the checkpoint is further
+    assert "beyond the 1 asked for" in capsys.readouterr().err.splitlines()[-1]
     assert main(["evaluate", "oracle-maml", *rest]) == 2
-    assert "p.pt is of another network than oracle-maml-glyphs" in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "p.pt is of the row oracle-protonets-glyphs, not of oracle-maml-glyphs" in error
 
 
 @pytest.mark.slow

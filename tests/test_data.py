@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from umeta_core import data, omniglot, packs, readers
-from umeta_core.attributes import attribute_partitions, attribute_prototypes
+from umeta_core.attributes import attribute_prototypes
 from umeta_core.episodes import PartitionTasks
 
 
@@ -505,17 +505,6 @@ def test_attribute_prototypes_equal_counting_by_hand():
                     if agree.count(3) >= 20 and agree.count(0) >= 20:
                         expected.append([list(pair) for pair in zip(triple, booleans, strict=True)])
     assert 0 < len(expected) < 16 and prototypes.tolist() == expected
-
-
-def test_attribute_partitions():
-    faces = labeled_faces()
-    prototypes = attribute_prototypes(faces, range(5), r=1)
-    partitions = attribute_partitions(faces, prototypes)
-    assert partitions.shape == (len(prototypes), 200) and partitions.dtype == torch.int8
-    for (columns, booleans), row in zip(prototypes.transpose(1, 2)[::7], partitions[::7], strict=True):
-        assert (faces.attributes[row == 1][:, columns] == booleans).all()
-        assert (faces.attributes[row == 0][:, columns] != booleans).all()
-        assert (row >= 0).sum() == ((faces.attributes[:, columns] == booleans).sum(1) % 3 == 0).sum()
 
 
 def test_attribute_errors():

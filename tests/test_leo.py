@@ -176,7 +176,7 @@ def test_written_out_derivatives_are_those_of_automatic_differentiation(options,
 
 def test_losses_of_unequal_weight_are_refused():
     losses, _ = small().loss(episodes())
-    with pytest.raises(NotImplementedError, match="equal weights"):
+    with pytest.raises(ValueError, match="equal weights"):
         (losses * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
 
 
@@ -416,3 +416,13 @@ def test_unknown_options():
         LEO(prior="none")
     with pytest.raises(ValueError, match="mean or sum"):
         LEO(reduce="max")
+
+
+def test_noise_differs_between_seeds_and_processes(monkeypatch):
+    """A generator on a CPU looks at 32 bits of its seed only."""
+    drawn = set()
+    for seed, rank in ((0, "0"), (1, "0"), (0, "1")):
+        monkeypatch.setenv("RANK", rank)
+        g = LEO(8, seed=seed)._noise(torch.zeros(1))
+        drawn.add(tuple(torch.randn(3, generator=g).tolist()))
+    assert len(drawn) == 3

@@ -167,3 +167,9 @@ def test_a_share_of_the_labels():
     assert not torch.equal(some, some_labels(images, 0.1, 1))
     row = find_row("few-labels-protonets-10", "glyphs")
     assert int(training_tasks(row, "smoke", 0).usable(16)[1]) == round(0.1 * load("glyphs", "train").n_classes)
+
+
+def test_rows_that_cut_space_for_other_ways_do_not_share_partitions():
+    twenty, five = find_row("hyperplanes-bigan"), find_row("hyperplanes-bigan-5way")
+    assert twenty.way != five.way
+    assert stages.partitions_file(twenty, "full", 0) != stages.partitions_file(five, "full", 0)

@@ -142,6 +142,61 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
     assert file.read_bytes() == before
 
 
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    """The gradient can be NaN where the loss is finite."""
+
+    class Breaks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * float("nan")
+
+    class Broken(type(learner())):
+        def loss(self, episodes):
+            losses, accuracies = super().loss(episodes)
+            return Breaks.apply(losses), accuracies
+
+    broken = learner()
+    broken.__class__ = Broken
+    with pytest.raises(NonFiniteLoss, match="a weight is not finite at step 1, though the loss is"):
+        train(broken, source(), steps=1, checkpoint=tmp_path / "run.pt", **TASK)
+    assert not (tmp_path / "run.pt").exists()
+
+
+def test_a_checkpoint_beyond_the_steps_asked_for_is_refused(tmp_path):
+    train(learner(), source(), steps=4, checkpoint=tmp_path / "run.pt", **TASK)
+    with pytest.raises(ValueError, match="is at step 4, beyond the 2 asked for"):
+        train(learner(), source(), steps=2, checkpoint=tmp_path / "run.pt", **TASK)
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_not_called_damaged(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        read_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_kind_of_device_is_named(tmp_path):
+    """Its random numbers are other ones; a GPU's generator has 16 bytes of state."""
+    file = tmp_path / "run.pt"
+    train(learner(), source(), steps=2, checkpoint=file, **TASK)
+    torch.save(read_checkpoint(file) | {"generator": torch.zeros(16, dtype=torch.uint8)}, file)
+    with pytest.raises(ValueError, match="another kind of device than cpu"):
+        train(learner(), source(), steps=4, checkpoint=file, **TASK)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["maml", "protonets"])
+def test_a_run_on_a_gpu_resumes(kind, tmp_path):
+    images = source().images
+    tasks = PartitionTasks(images.to("cuda"))
+    train(learner(kind).to("cuda"), tasks, steps=3, checkpoint=tmp_path / "run.pt", device="cuda", **TASK)
+    resumed = learner(kind, seed=9).to("cuda")
+    history = train(resumed, tasks, steps=7, checkpoint=tmp_path / "run.pt", device="cuda", **TASK)
+    assert history["step"][-1] == 7
+
+
 def test_clip_bounds_every_entry_of_the_gradient():
     clipped, free = learner(), learner()
     start = {k: v.clone() for k, v in clipped.state_dict().items()}

@@ -34,18 +34,6 @@ def attribute_prototypes(images, attributes, r):
     return torch.stack([columns[triples], booleans], dim=-1)[kept]
 
 
-def attribute_partitions(images, prototypes):
-    """The partitions of prototypes [P, 3, 2]: int8 [P, n], 1 and 0 for the two classes, -1 for images in neither.
-
-    4287 prototypes of the full training part make 700 MB: ask for as many as are needed at a time.
-    """
-    partitions = torch.empty(len(prototypes), len(images), dtype=torch.int8, device=images.attributes.device)
-    for row, prototype in zip(partitions, prototypes.to(images.attributes.device), strict=True):
-        agree = (images.attributes[:, prototype[:, 0]] == prototype[:, 1]).sum(1)
-        row.copy_(torch.where(agree == 3, 1, torch.where(agree == 0, 0, -1)))
-    return partitions
-
-
 class AttributeTasks:
     """Two-way tasks of CelebA: one of the prototypes, then R images of each of its two classes.
 

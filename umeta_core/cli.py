@@ -72,7 +72,7 @@ def _add_row_command(commands, name: str, run, text: str) -> None:
     command = commands.add_parser(name, help=text)
     command.add_argument("row", help="for example oracle-protonets; umeta reproduce cactus --list shows all")
     _add_machine(command)
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=_seed, default=0)
     command.add_argument("--checkpoint", type=Path, required=name == "evaluate", help="file to save to and resume from")
     if name == "train":
         command.add_argument("--steps", type=_positive, help="stop earlier than the scale says; a reduced budget")
@@ -86,7 +86,8 @@ def _add_reproduce(commands) -> None:
     command.add_argument("--table", help="all its rows (default: every row of the paper)")
     command.add_argument("--rows", help="only rows whose name contains one of these, comma-separated: oracle,scratch")
     _add_machine(command)
-    command.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="one run each (default: 0)")
+    command.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="SEED",
+                         help="one run each (default: 0)")
     command.add_argument("--cores", type=_positive, default=os.cpu_count(), help="processor cores for all runs")
     command.add_argument("--gpus", type=_positive, default=1, help="how many runs may use a GPU at once (default: 1)")
     command.add_argument("--runs", type=Path, default=Path("runs"), help="executed notebooks and checkpoints go here")
@@ -107,6 +108,13 @@ def _add_results(commands) -> None:
     command.add_argument("--markdown", action="store_true", help="print the table as the book shows it")
     command.add_argument("--results", type=Path, help="folder of records (default: $UMETA_RESULTS or results)")
     command.set_defaults(run=_results)
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -159,6 +167,8 @@ def _data_features(arguments) -> None:
     from .stages import import_embeddings
 
     row = find_row(arguments.row)
+    if not row.needs_embedding or row.plan.kind != "supervised":
+        raise ValueError(f"{row.slug} does not learn on LEO's features; take leo-1shot or leo-1shot-tiered-imagenet")
     for path in import_embeddings(row, arguments.folder, arguments.runs / row.paper / "stages"):
         print(path)
 
@@ -170,6 +180,9 @@ def _prepare(arguments) -> None:
     from .speed import tune_cpu
 
     check_device(arguments.device)
+    if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun each process has a GPU of its own
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(arguments.device)
     tune_cpu()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -182,7 +195,9 @@ def check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; use cpu, cuda or cuda:0") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; use cpu, cuda or cuda:0")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} asked for, but torch finds no CUDA GPU; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -195,11 +210,14 @@ def _train(arguments) -> None:
     from .experiments import BASELINES, run_row, train_row
     from .rows import find_row
 
-    row = replace(find_row(arguments.row, arguments.dataset), at_most=arguments.steps)
+    row = replace(find_row(arguments.row, arguments.dataset), at_most=arguments.steps).configuration(arguments.seed)
     _prepare(arguments)
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one process tests
     if row.learner in BASELINES:
-        raise ValueError(f"{row.slug} trains nothing: umeta reproduce cactus --rows {row.slug} tunes and tests it")
+        raise ValueError(f"{row.slug} trains nothing: umeta reproduce {row.paper} --rows {row.slug} tunes and tests it")
+    old = results.record_path(row.paper, row.slug, arguments.scale, arguments.seed)
+    if arguments.record and old.exists() and results.read_record(old)["steps"] > row.budget(arguments.scale):
+        raise ValueError(f"{old} is of more than {row.budget(arguments.scale):,} steps; move it away first")
     if arguments.record and first:
         record = run_row(row, arguments.scale, arguments.seed, arguments.device, checkpoint=arguments.checkpoint)
         _print_cells(record["cells"])
@@ -211,18 +229,23 @@ def _train(arguments) -> None:
 
 
 def _evaluate(arguments) -> None:
-    from .experiments import untrained
+    from .experiments import BASELINES, untrained
     from .rows import find_row
     from .training import read_checkpoint
 
     row = find_row(arguments.row, arguments.dataset)
     _prepare(arguments)
+    if row.learner in BASELINES:
+        raise ValueError(f"{row.slug} trains nothing: umeta reproduce {row.paper} --rows {row.slug} tunes and tests it")
     if not arguments.checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint {arguments.checkpoint}; umeta train {row.slug} --checkpoint makes one")
     state = read_checkpoint(arguments.checkpoint)
+    of = state["config"].get("row", row.slug)
+    if of != row.slug:
+        raise ValueError(f"{arguments.checkpoint} is of the row {of}, not of {row.slug}")
     learner = untrained(row, arguments.seed, arguments.device, arguments.scale)
     try:
-        learner.load_state_dict(state["learner"])
+        learner.load_state_dict(state.get("best") or state["learner"])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{arguments.checkpoint} is of another network than {row.slug}: {reason}") from None
@@ -314,7 +337,7 @@ def _snakemake(arguments, slugs: list[str], folder: Path) -> None:
     """Hand the plan to Snakemake, with `--runs` as its working directory. Raises ValueError when a run failed."""
     missing = [name for name in ("snakemake", "papermill") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} not installed; pip install -e '.[reproduce]'")
+        raise ValueError(f"{' and '.join(missing)} not installed; pip install -e '.[reproduce]' (Python 3.11 or newer)")
     snakefile = REPOSITORY / "workflow" / "Snakefile"
     if not snakefile.is_file():
         raise FileNotFoundError(f"{snakefile} not found; pip install -e '.[reproduce]' in a clone")
@@ -334,6 +357,8 @@ def _snakemake(arguments, slugs: list[str], folder: Path) -> None:
     command += ["--forcerun", "table", *(["row"] if arguments.force else [])]
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    for name in ("UMETA_DATA", "UMETA_CACHE"):  # the runs have another working directory
+        environment |= {name: os.path.abspath(environment[name])} if environment.get(name) else {}
     with _only_one(runs) as lock:
         done = subprocess.run(command, env=environment, pass_fds=[lock.fileno()], check=False)
     if done.returncode:

@@ -110,12 +110,14 @@ class PartitionTasks:
             size.copy_(tally[1:])
             start.copy_(tally.cumsum(0)[:-1])
         self._usable: dict[int, tuple[Tensor, Tensor]] = {}
+        self._least: dict[int, int] = {}  # classes of the poorest partition, which a GPU need not be asked for twice
 
     def usable(self, r: int) -> tuple[Tensor, Tensor]:
         """Per partition, its classes with at least r members first ``[P, classes]``, and how many they are ``[P]``."""
         if r not in self._usable:
             enough = self.size >= r
             self._usable[r] = (~enough).int().argsort(dim=1, stable=True), enough.sum(1)
+            self._least[r] = int(enough.sum(1).min())
         return self._usable[r]
 
     def sample(self, tasks: int, way: int, shot: int, query: int, generator: torch.Generator) -> Episodes:
@@ -126,10 +128,10 @@ class PartitionTasks:
         """
         r = shot + query
         classes, count = self.usable(r)
-        if int(count.min()) < way:
+        if self._least[r] < way:
             raise ValueError(
                 f"{way}-way tasks with {shot} + {query} images per class need {way} classes of at least {r} images; "
-                f"{self.images.name} {self.images.split} has {int(count.min())} (largest class: {int(self.size.max())})"
+                f"{self.images.name} {self.images.split} has {self._least[r]} (largest class: {int(self.size.max())})"
             )
         device = self.size.device
         p = torch.randint(len(count), (tasks,), generator=generator, device=device)

@@ -135,7 +135,7 @@ def train_row(row: Row, scale: str, seed: int, device="cpu", checkpoint=None, st
         learner, training_tasks(row, scale, seed, device, stages), steps=row.budget(scale), tasks=row.tasks,
         way=row.way, shot=row.shot, query=row.query, lr=row.lr, clip=row.clip, seed=seed, device=device,
         prepare=learner.prepare_gradients if isinstance(learner, LEO) else None,
-        checkpoint=checkpoint, config={"row": row.slug, **plain(row.protocol())}, **early,
+        checkpoint=checkpoint, config={"row": row.slug, "scale": scale, **plain(row.protocol())}, **early,
     )  # fmt: skip
     return learner, history
 

@@ -153,7 +153,7 @@ class QueryLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gout, *_):
         # every loss counts the same in a meta-step, so that its gradients could be summed over tasks on the way
-        if not torch.equal(gout, gout[:1].expand_as(gout)):
-            raise NotImplementedError("the losses of the tasks must have equal weights, as their mean has")
+        if not gout.is_cuda and not torch.equal(gout, gout[:1].expand_as(gout)):  # a GPU would wait for the answer
+            raise ValueError("the losses of the tasks must have equal weights, as their mean has")
         z, *shared = (g * gout[0] for g in ctx.gradients)
         return z, *shared, None, None, None, None

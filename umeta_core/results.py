@@ -152,7 +152,9 @@ def provenance(device="cpu") -> dict:
     import numpy
     import torch
 
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", "umeta_core")
+    here = _git("ls-files", "--error-unmatch", "umeta_core/__init__.py")  # not some other repository around a copy
+    commit = here and _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--", "umeta_core")
     return {
         "commit": commit,
         "dirty": bool(changes) or commit is None,

@@ -95,6 +95,7 @@ def vectors_file(row: Row, split: str, scale: str, folder=None) -> Path:
 
 def partitions_file(row: Row, scale: str, seed: int, folder=None) -> Path:
     margin = "" if row.margin is None else f"-m{row.margin:g}"
+    margin += f"-N{row.way}" if row.source == "hyperplanes" else ""  # which keeps cells enough for the way
     settings = f"{row.source.replace('mixed', 'clusters')}-k{clusters(row, scale)}-P{row.stack(scale)}-R{row.least()}"
     return Path(f"{stem(row, scale, folder)}-partitions-{settings}{margin}-seed{seed}.pt")
 

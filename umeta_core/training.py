@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import platform
@@ -93,6 +94,8 @@ def train(
         device,
         checkpoint,
     )
+    if run.step > steps:
+        raise ValueError(f"{checkpoint} is at step {run.step:,}, beyond the {steps:,} asked for; choose another file")
     report = _Report(run, steps, progress and run.rank == 0)
     saved = time.monotonic()
     learner.train()
@@ -130,7 +133,7 @@ class _Run:
         self.history = {"step": [], "loss": [], "accuracy": [], "validation": [], "seconds": 0.0}
         self.recent: list[torch.Tensor] = []
         self.best: dict | None = None
-        self.rank, self.world = _processes()
+        self.rank, self.world = _processes(device)
         if self.checkpoint and self.checkpoint.exists():
             self.load()
 
@@ -192,6 +195,11 @@ class _Run:
             return
         if self.recent and self.prepare is None:
             self._check(torch.stack(self.recent).mean(0))
+        if not torch.stack([p.detach().isfinite().all() for p in self.params]).all():
+            raise NonFiniteLoss(
+                f"a weight is not finite at step {self.step}, though the loss is; the last checkpoint, "
+                f"{self.checkpoint}, is from before. Lower the learning rates or clip the gradient."
+            )
         state = {
             "step": self.step,
             "learner": self.learner.state_dict(),
@@ -227,8 +235,15 @@ class _Run:
                 f"{self.checkpoint} holds another network: {str(error).splitlines()[-1].strip()}"
             ) from None
         self.optimizer.load_state_dict(state["optimizer"])
+        device = self.generator.device
+        if len(state["generator"]) != len(self.generator.get_state()):
+            raise ValueError(
+                f"{self.checkpoint} was written on another kind of device than {device.type}, whose random numbers "
+                "differ; go on there, or start afresh with another file"
+            )
         self.generator.set_state(state["generator"].cpu())
-        self.step, self.history, self.recent = state["step"], state["history"], state["recent"]
+        self.step, self.history = state["step"], state["history"]
+        self.recent = [mean.to(device) for mean in state["recent"]]
         self.best = state.get("best")
         if state.get("source") is not None:
             self.source.load_state_dict(state["source"])
@@ -241,9 +256,10 @@ class _Report:
         self.run, self.steps, self.shown, self.bar = run, steps, shown and not os.environ.get("TQDM_DISABLE"), None
         self.started, self.first, self.last = time.monotonic(), run.step, time.monotonic()
         if self.shown and sys.stderr.isatty():
-            from tqdm import tqdm
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
 
-            self.bar = tqdm(total=steps, initial=run.step, unit="step")
+                self.bar = tqdm(total=steps, initial=run.step, unit="step")
 
     def show(self) -> None:
         if not self.shown:
@@ -278,11 +294,13 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        assert {"step", "learner", "optimizer", "generator", "config", "history"} <= set(state)
-    except FileNotFoundError:
+        whole = {"step", "learner", "optimizer", "generator", "config", "history"} <= set(state)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):  # not damage
         raise
     except Exception:
-        raise ValueError(f"{path} is not a readable checkpoint; delete it to start afresh") from None
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is not a readable checkpoint; delete it to start afresh")
     return state
 
 
@@ -291,14 +309,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": str(torch.__version__)}
 
 
-def _processes() -> tuple[int, int]:
+def _processes(device) -> tuple[int, int]:
     """Rank and number of processes; joins the group that ``torchrun`` describes in the environment."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..packs import atomic
 from ..training import NonFiniteLoss, versions
 
 
@@ -180,20 +180,18 @@ class _Fitting:
 
 def write_atomically(state: dict, path: str | Path) -> None:
     """``torch.save`` that leaves the old file in place until the new one is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with atomic(path) as partial:
+        torch.save(state, partial)
 
 
 def read(path: str | Path) -> dict:
     """What `write_atomically` wrote, tensors on the CPU. ValueError: the file is damaged or something else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        assert isinstance(state, dict)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception:
-        raise ValueError(f"{path} is not a readable embedding; delete it to start afresh") from None
+        state = None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a readable embedding; delete it to start afresh")
     return state

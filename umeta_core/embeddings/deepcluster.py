@@ -81,7 +81,7 @@ class DeepCluster(Embedding):
         self.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.full((units,), torch.nan))
         self.register_buffer("whitening", torch.full((units, d), torch.nan))
-        self.labels, self.nmi = torch.empty(0, dtype=torch.int64), None
+        self.labels, self.nmi, self.final = torch.empty(0, dtype=torch.int64), None, False
 
     def _initialize(self, generator: torch.Generator | None) -> None:
         for conv in self.convs:
@@ -183,7 +183,10 @@ class DeepCluster(Embedding):
         if len(images) < self.clusters:
             raise ValueError(f"{len(images)} images cannot form {self.clusters} clusters; use fewer clusters")
         history = super().fit(images, epochs=epochs, batch=batch, checkpoint=checkpoint, **rest)
+        if self.final:  # a finished fit was read
+            return history
         self._whitened(images)
+        self.final = True
         if checkpoint and Path(checkpoint).exists():
             write_atomically({**read(checkpoint), "model": self.state_dict()}, checkpoint)
         return history
@@ -198,6 +201,7 @@ class DeepCluster(Embedding):
         """New pseudo-labels, a new last layer, and an order in which all clusters are equally frequent."""
         from ..partitions import inspect, kmeans
 
+        self.final = False
         z, before = self._whitened(images), self.labels
         found = kmeans(z, self.clusters, generator, iterations=self.iterations).assignment
         self.labels = fill_empty(z, found, self.clusters, generator)
@@ -219,10 +223,11 @@ class DeepCluster(Embedding):
         return shown if self.nmi is None else {**shown, "nmi": torch.as_tensor(self.nmi, device=y.device)}
 
     def get_extra_state(self) -> dict:
-        return {"labels": self.labels, "nmi": self.nmi}
+        return {"labels": self.labels, "nmi": self.nmi, "final": self.final}
 
     def set_extra_state(self, state: dict) -> None:
         self.labels, self.nmi = state["labels"].to(self.mean.device), state["nmi"]
+        self.final = state.get("final", False)
 
 
 class Sobel(nn.Module):

@@ -62,7 +62,8 @@ def select_rows(paper: str, table=None, names: str | None = None, dataset: str |
         numbers = [number for number in numbers if number["table"] == str(table)]
         rows = [row for row in rows if row.table == str(table) or any(matches(n, vars(row)) for n in numbers)]
     if names is not None:
-        rows = [row for row in rows if any(name.strip() in row.slug for name in names.split(","))]
+        parts = [part for name in names.split(",") if (part := name.strip())]
+        rows = [row for row in rows if any(part in row.slug for part in parts)]
     elif numbers:
         rows = [row for row in rows if not row.departs and any(matches(n, vars(row)) for n in numbers)]
     if dataset is not None:

@@ -70,9 +70,9 @@ EMBEDDINGS = {
                        "color": 0.2}, _epochs(1, 1, 30), batch=128, normalize=True, seconds=115,
         deviation="features of a WRN-16-4 at 40x40 pixels"),
     # LASIUM, section 4.2 and code: generators; a few epochs are enough (see the chapter)
-    ("VAE", "omniglot"): EmbeddingPlan("vae", {}, _epochs(1, 5, 1000)),
-    ("GAN", "omniglot"): EmbeddingPlan("msgan", {}, _epochs(1, 1, 500)),
-    ("short VAE", "omniglot"): EmbeddingPlan("vae", {"autocast": True}, _epochs(1, 5, 50), seconds=50,
+    ("VAE", "omniglot"): EmbeddingPlan("vae", {}, _epochs(1, 5, 1000), seconds=88),
+    ("GAN", "omniglot"): EmbeddingPlan("msgan", {}, _epochs(1, 1, 500), seconds=170),
+    ("short VAE", "omniglot"): EmbeddingPlan("vae", {"autocast": True}, _epochs(1, 5, 50), seconds=40,
                                               deviation="VAE for 50 epochs"),
     ("short GAN", "omniglot"): EmbeddingPlan("msgan", {"autocast": True}, _epochs(1, 1, 40), seconds=85,
                                               deviation="GAN for 40 epochs"),
