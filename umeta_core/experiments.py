@@ -24,7 +24,7 @@ from .meta_gmvae import FeatureDecoder, ImageDecoder, ImageEncoder, MetaGMVAE, U
 from .networks import MLP, Conv4
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
-from .rows import Row
+from .rows import Row, embedding_plan
 from .stages import centroids, fit_embedding, make_partitions, shown
 from .training import train
 
@@ -285,9 +285,12 @@ def embedding_record(row: Row, scale: str) -> dict:
     """How the row's embedding was fitted, for the record."""
     if not row.needs_embedding:
         return {}
-    plan = row.plan
+    plan, name = row.plan, row.fitted or row.embedding
+    for word in ("short ", "small ", "untrained "):
+        name = name.removeprefix(word)
+    paper = embedding_plan(name, row.dataset).epochs["full"] if name != "features" else None
     return {"embedding_fit": {"options": plain(plan.options), "epochs": plan.epochs[scale], "batch": plan.batch,
-                              "paper_epochs": plan.epochs["full"], "seed": 0}}  # fmt: skip
+                              "paper_epochs": paper, "seed": 0}}  # fmt: skip
 
 
 def plain(protocol: dict) -> dict:
