@@ -44,19 +44,19 @@ def setting(preset, tasks, device, dtype=torch.float32):
     rule = UpdateRule(size, generator=g).to(device, dtype)
     phi = initial_phi(tasks, widths, g, dtype).map(lambda p: p.to(device))
     x = torch.rand(tasks, unroll, batch, widths[0], generator=g, dtype=dtype).to(device)
-    labelled = torch.rand(tasks, 1, 2, 100, widths[0], generator=g, dtype=dtype).to(device)
+    labeled = torch.rand(tasks, 1, 2, 100, widths[0], generator=g, dtype=dtype).to(device)
     labels = torch.arange(10, device=device).repeat(10).expand(tasks, 1, 2, -1)
-    return rule, phi, x, labelled, labels
+    return rule, phi, x, labeled, labels
 
 
-def gradient(rule, phi, x, labelled, labels, recompute=False):
+def gradient(rule, phi, x, labeled, labels, recompute=False):
     rule.zero_grad()
-    loss = meta_objective(rule(phi, x, recompute=recompute), labelled, labels, 10).loss
+    loss = meta_objective(rule(phi, x, recompute=recompute), labeled, labels, 10).loss
     loss.sum().backward()
     return loss.detach()
 
 
-def one_at_a_time(rule, phi, x, labelled, labels, block=None):
+def one_at_a_time(rule, phi, x, labeled, labels, block=None):
     rule.zero_grad()
     fused, losses = ConvNorm.forward, []
     ConvNorm.forward = block or fused
@@ -64,7 +64,7 @@ def one_at_a_time(rule, phi, x, labelled, labels, block=None):
         for t in range(len(x)):
             task = slice(t, t + 1)
             end = rule(phi.map(lambda p, task=task: p[task]), x[task])
-            losses.append(meta_objective(end, labelled[task], labels[task], 10).loss)
+            losses.append(meta_objective(end, labeled[task], labels[task], 10).loss)
             losses[-1].sum().backward()
     finally:
         ConvNorm.forward = fused
@@ -86,7 +86,7 @@ def same_numbers(device):
 
 def saved_bytes(*given, recompute):
     """Bytes that autograd holds at the end of the forward pass, each storage once."""
-    rule, phi, x, labelled, labels = given
+    rule, phi, x, labeled, labels = given
     seen = {}
 
     def pack(tensor):
@@ -95,7 +95,7 @@ def saved_bytes(*given, recompute):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        meta_objective(rule(phi, x, recompute=recompute), labelled, labels, 10)
+        meta_objective(rule(phi, x, recompute=recompute), labeled, labels, 10)
     return sum(size for size, _ in seen.values())
 
 

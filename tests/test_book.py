@@ -20,7 +20,7 @@ BUILT = (ROOT / "_build" / "html" / "index.html").exists()
 needs_site = pytest.mark.skipif(not BUILT, reason="the book is not built: run `make book`")
 
 
-def labelled_equations(text: str) -> dict[str, str | None]:
+def labeled_equations(text: str) -> dict[str, str | None]:
     """label -> the function named by the `% computes:` line that follows the equation, or None."""
     found, lines = {}, text.split("\n")
     in_directive = False
@@ -57,7 +57,7 @@ def resolve(dotted: str):
 def equations_of_book() -> dict[str, str | None]:
     equations = {}
     for chapter in chapters():
-        for label, function in labelled_equations(chapter.read_text()).items():
+        for label, function in labeled_equations(chapter.read_text()).items():
             assert label not in equations, f"{chapter.name}: {label} is used twice"
             equations[label] = function
     return equations
@@ -77,7 +77,7 @@ def labels_in_docstrings() -> dict[str, str]:
 def test_finds_equations_in_all_spellings():
     text = "$$\na\n$$ (eq-one)\n\n% computes: m.f\n$$ b $$ (eq-two)\ntext\n"
     text += "```{math}\n:label: eq-three\nc\n```\n% computes: m.C.g"
-    assert labelled_equations(text) == {"eq-one": "m.f", "eq-two": None, "eq-three": "m.C.g"}
+    assert labeled_equations(text) == {"eq-one": "m.f", "eq-two": None, "eq-three": "m.C.g"}
 
 
 def test_every_equation_names_its_function_and_the_reverse():

@@ -1,4 +1,4 @@
-"""Chapter 13: every labelled equation, written out, equals the function it names; scratch code equals the library."""
+"""Chapter 13: every labeled equation, written out, equals the function it names; scratch code equals the library."""
 
 import itertools
 import math
@@ -104,8 +104,8 @@ def test_eq_m_step(z, covariance):
     assert torch.equal(kept.weights, start.weights) and (covariance == "diagonal") == (kept.variance is not None)
 
 
-def test_eq_em_labelled(z, mixture):
-    """A sum over components for unlabelled vectors, a single one for labelled vectors; EM never lowers it."""
+def test_eq_em_labeled(z, mixture):
+    """A sum over components for unlabeled vectors, a single one for labeled vectors; EM never lowers it."""
     y = torch.arange(9).expand(T, -1) % K
     x, rest = z[:, :9], z[:, 9:]
     for t in range(T):
@@ -166,7 +166,7 @@ def test_scratch_em_equals_the_library(scratch, z, covariance):
     x, rest = z[:, :9], z[:, 9:]
     library = em(rest, labeled_start(x, y, K), labeled=(x, y), covariance=covariance, learn_weights=False)
     for t in range(T):
-        mean, variance = scratch["fit_labelled"](rest[t], x[t], y[t], K, diagonal=diagonal)
+        mean, variance = scratch["fit_labeled"](rest[t], x[t], y[t], K, diagonal=diagonal)
         torch.testing.assert_close(library.mean[t], mean)
         if diagonal:
             torch.testing.assert_close(library.variance[t], variance)

@@ -1,4 +1,4 @@
-"""Chapter 14: every labelled equation, written out, equals the function it names; scratch code equals the library."""
+"""Chapter 14: every labeled equation, written out, equals the function it names; scratch code equals the library."""
 
 import math
 
@@ -140,7 +140,7 @@ def test_eq_gmvae_objective(h):
 
 
 def task(h):
-    """Three labelled vectors, one of each class, and six queries."""
+    """Three labeled vectors, one of each class, and six queries."""
     y = torch.arange(WAY).expand(T, -1)
     return h[:, :WAY], y, h[:, WAY:]
 

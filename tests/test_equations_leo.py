@@ -1,4 +1,4 @@
-"""Chapter 9: every labelled equation, written out, equals the function it names; scratch code equals the library."""
+"""Chapter 9: every labeled equation, written out, equals the function it names; scratch code equals the library."""
 
 import math
 from types import SimpleNamespace

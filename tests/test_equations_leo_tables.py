@@ -1,4 +1,4 @@
-"""Chapter 10: the labelled equation, written out, equals the function it names; scratch code equals the library."""
+"""Chapter 10: the labeled equation, written out, equals the function it names; scratch code equals the library."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Chapter 3: every labelled equation, written out, equals the function it names; scratch code equals the library."""
+"""Chapter 3: every labeled equation, written out, equals the function it names; scratch code equals the library."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Chapter 16: every labelled equation, written out, equals the function it names; scratch code equals the library."""
+"""Chapter 16: every labeled equation, written out, equals the function it names; scratch code equals the library."""
 
 import math
 
@@ -241,7 +241,7 @@ def test_eq_rule_truncation():
         now = shown.phi.map(lambda p: p.clone())
         for x in shown.x.unbind(1):
             now = rule.step(now, x)
-        literal = meta_objective(now, shown.labelled, shown.labels, 3).loss
+        literal = meta_objective(now, shown.labeled, shown.labels, 3).loss
         losses, _ = RuleLearner(rule).loss(shown)
         assert_same([literal], [losses], theta(rule))
         for a, b in zip(shown.phi.tensors(), now.tensors()):
@@ -266,7 +266,7 @@ def test_eq_rule_pes():
             with torch.no_grad():
                 torch.nn.utils.vector_to_parameters(start + sign * e, theta(rule))
                 pair[which] = rule(pair[which], shown.x)
-                values.append(meta_objective(pair[which], shown.labelled, shown.labels, 3).loss.item())
+                values.append(meta_objective(pair[which], shown.labeled, shown.labels, 3).loss.item())
                 torch.nn.utils.vector_to_parameters(start.clone(), theta(rule))
         losses, _ = learner.loss(shown)
         got = torch.cat([part.flatten() for part in torch.autograd.grad(losses.sum(), theta(rule))])
@@ -297,7 +297,7 @@ def test_scratch_truncation_and_ridge_equal_the_library(scratch):
     rule, phi, _ = setting()
     shown = truncation(phi)
     (ours, accuracy), ended = scratch["truncation_loss"](
-        rule, *one(shown.phi.map(torch.clone)), shown.x[0], shown.labelled[0, 0], shown.labels[0, 0], 3
+        rule, *one(shown.phi.map(torch.clone)), shown.x[0], shown.labeled[0, 0], shown.labels[0, 0], 3
     )
     losses, accuracies = RuleLearner(rule).loss(shown)
     assert_same([ours], [losses[0]], theta(rule))

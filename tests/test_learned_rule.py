@@ -35,7 +35,7 @@ def setting(tasks=2, widths=(6, 5, 4, 32), batch=7, steps=2, seed=0, **options):
     return rule, phi, x
 
 
-def labelled(tasks, inputs, seed=1, classes=3, draws=2, shot=4):
+def labeled(tasks, inputs, seed=1, classes=3, draws=2, shot=4):
     x = torch.rand(tasks, draws, 2, classes * shot, inputs, generator=generator(seed), dtype=torch.double)
     return x, torch.arange(classes).repeat_interleave(shot).expand(tasks, draws, 2, -1), classes
 
@@ -107,7 +107,7 @@ def test_bad_rows_and_names_are_refused():
 def test_meta_gradient_against_finite_differences():
     # Small steps, so that no ReLU changes sides within a difference.
     rule, phi, x = setting(tasks=1, widths=(5, 4, 32), batch=6, steps=2, seed=1)
-    data = labelled(1, 5)
+    data = labeled(1, 5)
 
     def loss():
         return meta_objective(rule(phi, x), *data).loss.sum()
@@ -131,7 +131,7 @@ def test_meta_gradient_against_finite_differences():
 
 def test_recomputed_steps_give_the_same_gradient():
     rule, phi, x = setting(steps=3)
-    data = labelled(2, 6)
+    data = labeled(2, 6)
     params = [p for p in rule.parameters() if p.requires_grad]
     both = [torch.autograd.grad(meta_objective(rule(phi, x, recompute=again), *data).loss.sum(), params)
             for again in (False, True)]  # fmt: skip

@@ -143,7 +143,7 @@ def test_a_figure_is_a_record_with_its_theta(tmp_path, monkeypatch):
     argv = ["x", "datasets", "--theta", str(tmp_path / "000003.pt"), "--folder", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", argv)
     rule_figures.main()
-    record = json.loads((tmp_path / "out" / "datasets-cpu-seed4.json").read_text())
+    record = json.loads((tmp_path / "out" / "datasets-cpu-3-seed4.json").read_text())
     assert record["theta"]["steps"] == 3 and "not found" in record["data"]["IMDB, 1000 words"]["missing"]
     done = record["data"]["digits, 8x8"]
     assert np.shape(done["rule"]) == (5, 2) and done["random network"] == done["rule"][0]

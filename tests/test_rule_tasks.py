@@ -36,7 +36,7 @@ def test_buckets_take_turns_and_have_the_promised_shapes(glyphs):
     first, second = (tasks.sample(3, 0, 5, 0, g) for _ in range(2))
     unroll = first.x.shape[1]
     assert first.x.shape == (3, unroll, 6, 64) and unroll in (1, 2)
-    assert first.labelled.shape == (3, 2, 2, 15, 64) and first.labels.shape == (3, 2, 2, 15) and first.extra is None
+    assert first.labeled.shape == (3, 2, 2, 15, 64) and first.labels.shape == (3, 2, 2, 15) and first.extra is None
     assert [w.shape[1:] for w in first.phi.w] == [(64, 6), (6, 32)]
     assert second.classes == 4 and second.extra.shape == (3, 2, 2, 20, 4) and len(second.phi.w) == 3
     assert first.x.min() >= 0 and first.x.max() <= 1
@@ -91,7 +91,7 @@ def test_pixels_of_a_task_have_one_order(glyphs):
 def test_halves_of_a_draw_share_no_image(glyphs):
     bucket = Bucket(glyphs, way=3, hidden=(6,), drop=0.0, moved=0)
     truncation = RuleTasks([bucket], SHORT, batch=4, draws=3).sample(2, 0, 10, 0, generator())
-    halves = truncation.labelled.flatten(0, 1)
+    halves = truncation.labeled.flatten(0, 1)
     for a, b in halves:
         for c in range(3):
             rows = torch.cat([a[10 * c : 10 * c + 10], b[10 * c : 10 * c + 10]])
@@ -225,7 +225,7 @@ def test_pes_on_a_fresh_pair_is_the_antithetic_estimate(glyphs):
                 start = torch.nn.utils.parameters_to_vector(params)
                 torch.nn.utils.vector_to_parameters(start + sign * e, params)
                 end = learner.rule(phi, truncation.x)
-                values.append(meta_objective(end, truncation.labelled, truncation.labels, 3).loss.item())
+                values.append(meta_objective(end, truncation.labeled, truncation.labels, 3).loss.item())
                 torch.nn.utils.vector_to_parameters(start, params)
         expected = (values[0] - values[1]) / (2 * 0.1**2) * total
         torch.testing.assert_close(torch.cat([p.flatten() for p in grads]), expected, rtol=2e-3, atol=2e-3)

@@ -15,7 +15,7 @@ SPLITS = ("train", "val", "test", "all")
 
 @dataclass
 class ImageSet:
-    """Labelled images. images uint8 [n, channels, height, width]; labels int64 [n], an index into `class_names`.
+    """Labeled images. images uint8 [n, channels, height, width]; labels int64 [n], an index into `class_names`.
 
     `superclasses` has one name per class (the alphabet or script), or is empty. CelebA also has `attributes`, uint8
     [n, 40] in {0, 1}, and their names. `mapped`: the images lie in a read-only file (ImageNet) and stay there, on the

@@ -43,7 +43,7 @@ class Mixture:
     def log_likelihood(self, z: Tensor, labeled: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """What `em` climbs, ``[T]``: the sum of log p(z), and of log p(x, y) over labeled vectors (x, y).
 
-        (eq-em-bound) (eq-em-labelled)
+        (eq-em-bound) (eq-em-labeled)
         """
         total = self.log_density(z).sum(1)
         if labeled is None:

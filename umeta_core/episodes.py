@@ -150,7 +150,7 @@ class PartitionTasks:
 class MixedTasks:
     """Each task comes from `first` with probability `share`, else from `second` (CACTUs, App. G: "mixing").
 
-    Both sources show the same images or features; the paper mixes cluster tasks and labelled tasks in proportion to the
+    Both sources show the same images or features; the paper mixes cluster tasks and labeled tasks in proportion to the
     data behind them.
     """
 

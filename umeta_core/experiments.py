@@ -85,17 +85,17 @@ def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
     if row.source == "latent":
         ahead = 50 if torch.device(device).type == "cuda" else 1  # larger batches are faster on a GPU only
         return LatentTasks(images, fit_embedding(row, scale, device, folder), ahead=ahead, **row.latent)
-    if row.source == "unlabelled":
+    if row.source == "unlabeled":
         return UnlabeledSets(images, features)
     if row.source == "augmented":
         return AugmentedTasks(images, umtra_drawings if images.images.shape[1] == 1 else auto_augment)
     if row.source == "attributes":
         return AttributeTasks(images, attribute_prototypes(images, sorted(images.attribute_names)[:20], row.least()))
-    labelled = PartitionTasks(images, some_labels(images, row.share, seed) if row.share else None, features)
+    labeled = PartitionTasks(images, some_labels(images, row.share, seed) if row.share else None, features)
     if row.source == "labels":
-        return labelled
+        return labeled
     clusters = PartitionTasks(images, make_partitions(row, scale, seed, device, folder), features)
-    return MixedTasks(labelled, clusters, row.share) if row.source == "mixed" else clusters
+    return MixedTasks(labeled, clusters, row.share) if row.source == "mixed" else clusters
 
 
 def _training_images(row: Row, scale: str, device, folder) -> tuple[ImageSet, torch.Tensor | None]:
@@ -201,7 +201,7 @@ def _cell(task: dict, result) -> dict:
 
 
 def measure_baseline(row: Row, scale: str, seed: int, device="cpu", stages=None) -> list[dict]:
-    """Tune a baseline on labelled validation tasks, as the paper does, and test it: the cells, with the tuning."""
+    """Tune a baseline on labeled validation tasks, as the paper does, and test it: the cells, with the tuning."""
     test, cells = testing_tasks(row, scale, "test", device, stages), []
     for way, shot in row.tests:
         task = {"way": way, "shot": shot, "query": _queries(row, shot, test), "tasks": row.test_tasks[scale]}

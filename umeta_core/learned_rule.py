@@ -2,7 +2,7 @@
 
 Metz et al. 2019, "Learning Unsupervised Learning Rules". Where the paper's appendix G and the released code differ,
 the code is taken: its weights are the published ones. Tensors have a leading axis of tasks T; B is the size of an
-unlabelled batch, L the number of layers, N_l the width of layer l, and N_L the size of the embedding.
+unlabeled batch, L the number of layers, N_l the width of layer l, and N_L the size of the embedding.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ class UpdateRule(nn.Module):
         return change * torch.rsqrt(0.5 + change.square().mean(1, keepdim=True))
 
     def step(self, phi: Phi, x: Tensor, activation: str = "relu") -> Phi:
-        """One application of the rule to unlabelled x ``[T, B, N_0]`` (eq-rule-step).
+        """One application of the rule to unlabeled x ``[T, B, N_0]`` (eq-rule-step).
 
         Backward weights get the change of the forward weights (reference code), so that V becomes W's copy.
         """
@@ -449,7 +449,7 @@ def ridge_readout(features: Tensor, labels: Tensor, classes: int, extra: Tensor 
 
 
 def meta_objective(phi: Phi, x: Tensor, labels: Tensor, classes: int, extra=None, activation="relu") -> Readout:
-    """Loss and accuracy ``[T]`` of networks phi on labelled x ``[T, D, 2, K, N_0]``, averaged over the D draws.
+    """Loss and accuracy ``[T]`` of networks phi on labeled x ``[T, D, 2, K, N_0]``, averaged over the D draws.
 
     Both halves of a draw go through the network together, so they share their batch norm (reference code).
     """

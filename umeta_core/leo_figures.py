@@ -45,7 +45,7 @@ def percentiles(values: Tensor, most=1_000_000) -> list[float]:
     return [float(f"{v:.4g}") for v in torch.quantile(flat[:: -(-len(flat) // most)], marks)]
 
 
-def analyse(learner, source, shot: int, tasks: int, seed: int) -> dict:
+def analyze(learner, source, shot: int, tasks: int, seed: int) -> dict:
     """Curvature at the first inner step and the length of every inner step over test tasks (LEO, Fig. 5).
 
     For LEO the curvature is that in the space of codes, unless it takes no latent steps; eigenvalues that are zero by
@@ -74,7 +74,7 @@ def analysis(stages, checkpoints, shot=1, seed=0, tasks=1000, suffix="-small", s
         learner = untrained(row, seed, scale=scale, folder=stages)
         state = read_checkpoint(Path(checkpoints) / f"{row.slug}-{scale}-seed{seed}.pt")
         learner.load_state_dict(state.get("best") or state["learner"])
-        done[name] = analyse(learner, testing_tasks(row, scale, folder=stages), shot, tasks, seed)
+        done[name] = analyze(learner, testing_tasks(row, scale, folder=stages), shot, tasks, seed)
         done[name] |= {"steps_trained": state["step"]}
         if isinstance(learner, LEO):
             done[name] |= {"singular_values": [round(v, 5) for v in singular_values(learner).tolist()]}

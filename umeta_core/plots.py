@@ -1,6 +1,6 @@
 """The book's figure style and the figures that recur in it.
 
-Everything is drawn as SVG on a transparent background, with text and axes in a grey that reads on white and on the
+Everything is drawn as SVG on a transparent background, with text and axes in a gray that reads on white and on the
 dark theme, and in the palette of Okabe and Ito, which color-blind readers can tell apart.
 """
 
@@ -11,10 +11,10 @@ import matplotlib.pyplot as plt
 import torch
 from cycler import cycler
 
-GREY = "#7a7a7a"  # contrast 4.3 on white and 4.4 on #121212, the dark theme's background: readable on both
+GRAY = "#7a7a7a"  # contrast 4.3 on white and 4.4 on #121212, the dark theme's background: readable on both
 PALETTE = {
     "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue": "#0072B2",
-    "vermilion": "#D55E00", "purple": "#CC79A7", "grey": "#7a7a7a",
+    "vermilion": "#D55E00", "purple": "#CC79A7", "gray": "#7a7a7a",
 }  # fmt: skip
 
 
@@ -23,12 +23,12 @@ def use_style() -> None:
     order = ("blue", "orange", "green", "vermilion", "sky", "purple")
     faces = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
     inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor")
-    plt.rcParams.update(dict.fromkeys(faces, "none") | dict.fromkeys(inks, GREY))
+    plt.rcParams.update(dict.fromkeys(faces, "none") | dict.fromkeys(inks, GRAY))
     plt.rcParams.update({
         "axes.prop_cycle": cycler(color=[PALETTE[name] for name in order]),
         "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": "medium",
         "figure.dpi": 96, "figure.figsize": (6.4, 3.4), "figure.constrained_layout.use": True, "font.size": 11,
-        "grid.color": GREY, "grid.alpha": 0.3, "legend.frameon": False, "lines.linewidth": 1.8,
+        "grid.color": GRAY, "grid.alpha": 0.3, "legend.frameon": False, "lines.linewidth": 1.8,
         "savefig.format": "svg", "savefig.transparent": True,
         "svg.fonttype": "path", "svg.hashsalt": "umeta",  # the same figure is the same file, whatever fonts there are
     })  # fmt: skip
@@ -100,14 +100,14 @@ def accuracy_bars(labels, means, intervals=None, published=None, chance=None, ax
     ax = ax or plt.subplots(figsize=(6.4, 0.42 * len(labels) + 0.9))[1]
     places = list(range(len(labels)))
     errors = None if intervals is None else [ci or 0 for ci in intervals]
-    ax.barh(places, [mean or 0 for mean in means], xerr=errors, ecolor=GREY, height=0.6, color=PALETTE["sky"])
+    ax.barh(places, [mean or 0 for mean in means], xerr=errors, ecolor=GRAY, height=0.6, color=PALETTE["sky"])
     if published is not None:
         marks = [place for place in places if published[place] is not None]
         if marks:
             values = [published[place] for place in marks]
             ax.plot(values, marks, "D", color=PALETTE["vermilion"], markersize=6, label="published")
     if chance is not None:
-        ax.axvline(chance, color=GREY, linestyle=":", label="chance")
+        ax.axvline(chance, color=GRAY, linestyle=":", label="chance")
     ax.set(yticks=places, yticklabels=labels, xlabel="accuracy (%)", xlim=(0, 100))
     ax.invert_yaxis()
     if ax.get_legend_handles_labels()[0]:

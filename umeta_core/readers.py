@@ -55,7 +55,7 @@ def glyphs(split, size):
 
 
 def digits(split):
-    """scikit-learn's digits, grey levels 0..16 spread over 0..255."""
+    """scikit-learn's digits, gray levels 0..16 spread over 0..255."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

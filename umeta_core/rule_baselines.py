@@ -18,7 +18,7 @@ BIN = 1 / 255  # width of a gray level
 
 
 def vae_path(task: Trial, at: tuple[int, ...], width: int = 128, lr: float = 1e-4, batch: int = 128):
-    """Train a VAE on unlabelled images; yields loss ``[T]`` and accuracy ``[T]`` of its latent means at each of `at`.
+    """Train a VAE on unlabeled images; yields loss ``[T]`` and accuracy ``[T]`` of its latent means at each of `at`.
 
     Three layers of `width` units with batch norm and ReLU, linear mean and log deviation of 32 latents, the mirrored
     decoder; the likelihood of a gray level is the mass that a normal of learned mean and deviation has on it (H.1).
@@ -67,7 +67,7 @@ def log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def supervised_accuracy(task: Trial, steps: int = 300, lr: float = 3e-3) -> Tensor:
-    """Accuracy ``[T]`` of the same network with a layer of logits, trained on the labelled halves alone (H.3.2)."""
+    """Accuracy ``[T]`` of the same network with a layer of logits, trained on the labeled halves alone (H.3.2)."""
     tasks, draws, _, k, inputs = task.x.shape
     generator = torch.Generator(device=task.x.device).manual_seed(task.seed + 3)
     phi = _layers(tasks * draws, task.bucket.widths, generator)

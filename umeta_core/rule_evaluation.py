@@ -1,6 +1,6 @@
 """How good the features of a network are that a rule trained without labels, and of its rivals, on the same tasks.
 
-Metz et al. 2019, section 5 and App. H: 10 labelled examples per class, a ridge readout, ten more per class to test.
+Metz et al. 2019, section 5 and App. H: 10 labeled examples per class, a ridge readout, ten more per class to test.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 from .data import ImageSet
 from .episodes import PartitionTasks
 from .learned_rule import EMBEDDING, Phi, UpdateRule, meta_objective, ridge_readout, run_network
-from .rule_tasks import Bucket, fresh_tasks, labelled, unlabelled
+from .rule_tasks import Bucket, fresh_tasks, labeled, unlabeled
 
 
 class Trial(NamedTuple):
     """T networks at their start, each with its own classes and order of pixels, and what they are judged by.
 
-    `x` ``[T, D, 2, K, N_0]`` and `labels` ``[T, D, 2, K]`` are D draws of labelled halves.
+    `x` ``[T, D, 2, K, N_0]`` and `labels` ``[T, D, 2, K]`` are D draws of labeled halves.
     """
 
     bucket: Bucket
@@ -34,8 +34,8 @@ class Trial(NamedTuple):
         return Phi(*map(tuple, self.state["phi"]))
 
     def batch(self, size: int, generator: torch.Generator) -> Tensor:
-        """Unlabelled images ``[T, size, N_0]``."""
-        return unlabelled(self.bucket, self.pool, self.state, (size,), generator)
+        """Unlabeled images ``[T, size, N_0]``."""
+        return unlabeled(self.bucket, self.pool, self.state, (size,), generator)
 
     def readout(self, features: Tensor) -> Tensor:
         """Accuracy ``[T]``, over the D draws, of a ridge readout of features ``[T, D, 2, K, n]`` of `x`."""
@@ -44,7 +44,7 @@ class Trial(NamedTuple):
 
 def trial(images: ImageSet, judged: ImageSet | None = None, *, networks=8, way=10, hidden=(32, 32), draws=10, shot=10,
           seed=0, shuffle=True) -> Trial:  # fmt: skip
-    """Networks for `images`; the labelled draws are from `judged`, which has the same classes (None: `images`).
+    """Networks for `images`; the labeled draws are from `judged`, which has the same classes (None: `images`).
 
     With `shuffle` each network sees the pixels in an order of its own. The same arguments give the same trial.
 
@@ -62,7 +62,7 @@ def trial(images: ImageSet, judged: ImageSet | None = None, *, networks=8, way=1
     if not shuffle:
         state["order"] = torch.arange(bucket.widths[0], device=generator.device).expand(networks, -1)
     judged_bucket = Bucket(judged, way, tuple(hidden), drop=0.0, moved=0)
-    x, labels, _ = labelled(judged_bucket, judging, state, draws, shot, generator)
+    x, labels, _ = labeled(judged_bucket, judging, state, draws, shot, generator)
     return Trial(bucket, pool, state, x, labels, seed)
 
 
@@ -90,7 +90,7 @@ def pixel_accuracy(task: Trial) -> Tensor:
 
 
 def pca_accuracy(task: Trial, components: int = EMBEDDING, samples: int = 1000) -> Tensor:
-    """Ridge on the first principal components of unlabelled images ``[T]``: the other control that it lacks."""
+    """Ridge on the first principal components of unlabeled images ``[T]``: the other control that it lacks."""
     generator = torch.Generator(device=task.x.device).manual_seed(task.seed + 1)
     x = task.batch(samples, generator)
     mean = x.mean(1, keepdim=True)

@@ -220,7 +220,7 @@ def main() -> None:
         about, record = theta.about, FIGURES[a.figure](theta, **({} if a.figure == "variance" else many))
     record = {"figure": a.figure, "theta": about, **record, "wall_seconds": round(time.perf_counter() - started, 1),
               **provenance()}  # fmt: skip
-    name = a.figure + (f"-{about['plan']}-seed{about['seed']}" if about else "")
+    name = a.figure + (f"-{about['plan']}-{about['steps']}-seed{about['seed']}" if about else "")
     folder = a.folder or results_folder() / "learned_rule" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{name}.json.part"

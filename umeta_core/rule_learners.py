@@ -116,4 +116,4 @@ def _advance(rule, phi: Phi, truncation: Truncation) -> Readout:
     end = rule(phi.map(lambda p: p.detach().clone()), truncation.x)
     for old, new in zip(phi.tensors(), end.tensors()):
         old.copy_(new.detach())
-    return meta_objective(end, truncation.labelled, truncation.labels, truncation.classes, truncation.extra)
+    return meta_objective(end, truncation.labeled, truncation.labels, truncation.classes, truncation.extra)

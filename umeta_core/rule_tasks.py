@@ -1,7 +1,7 @@
 """What the learned rule is meta-trained on: many networks at different ages, each with its own little data set.
 
 Metz et al. 2019, sections 4.2 and 5, App. C and H. A meta-training step sees one `Truncation`: T networks of one
-architecture, U unlabelled batches for each, and labelled examples to judge them by. `RuleTasks` is the task source of
+architecture, U unlabeled batches for each, and labeled examples to judge them by. `RuleTasks` is the task source of
 `training.train`: it keeps the networks from step to step and replaces those that have lived long enough.
 """
 
@@ -70,15 +70,15 @@ class Curriculum:
 class Truncation:
     """T networks and what the next U steps show them.
 
-    `phi` are the networks, which the learner leaves where they ended; `x` ``[T, U, B, N_0]`` unlabelled batches;
-    `labelled` ``[T, D, 2, K, N_0]`` with `labels` ``[T, D, 2, K]``: D draws of two halves, K = classes x shot; `extra`
+    `phi` are the networks, which the learner leaves where they ended; `x` ``[T, U, B, N_0]`` unlabeled batches;
+    `labeled` ``[T, D, 2, K, N_0]`` with `labels` ``[T, D, 2, K]``: D draws of two halves, K = classes x shot; `extra`
     ``[T, D, 2, K, r]`` more targets, or None. `noise`, for `PESLearner`: the second network of each antithetic pair
     ("below") and the sum of the noise since the pair began ("noise" ``[T, theta]``).
     """
 
     phi: Phi
     x: Tensor
-    labelled: Tensor
+    labeled: Tensor
     labels: Tensor
     classes: int
     extra: Tensor | None = None
@@ -92,7 +92,7 @@ class Truncation:
             return [[p[tasks] for p in part] for part in value] if isinstance(value, list) else value[tasks]
 
         return replace(
-            self, phi=self.phi.map(lambda p: p[tasks]), x=self.x[tasks], labelled=self.labelled[tasks],
+            self, phi=self.phi.map(lambda p: p[tasks]), x=self.x[tasks], labeled=self.labeled[tasks],
             labels=self.labels[tasks], extra=None if self.extra is None else self.extra[tasks],
             noise=self.noise and {k: cut(v) for k, v in self.noise.items()},
         )  # fmt: skip
@@ -104,8 +104,8 @@ class RuleTasks:
     Args:
         buckets: what a batch of tasks can be.
         curriculum: of unrolls and lengths.
-        batch: B, unlabelled images of one inner step (128 in the code's data set; the paper is silent).
-        draws: D, labelled draws that the meta-objective is averaged over (App. H.2).
+        batch: B, unlabeled images of one inner step (128 in the code's data set; the paper is silent).
+        draws: D, labeled draws that the meta-objective is averaged over (App. H.2).
         theta: for `PESLearner`, how many numbers it perturbs.
 
     Its state (the networks included) goes into checkpoints: `state_dict`. All draws come from the generator passed to
@@ -132,8 +132,8 @@ class RuleTasks:
         state = self._renewed(index, tasks, shot, generator)
         self.alive[index], self.steps = state, self.steps + 1
         state["left"] = state["left"] - unroll
-        shown = unlabelled(bucket, pool, state, (unroll, self.batch), generator)
-        x, labels, extra = labelled(bucket, pool, state, self.draws, shot, generator)
+        shown = unlabeled(bucket, pool, state, (unroll, self.batch), generator)
+        x, labels, extra = labeled(bucket, pool, state, self.draws, shot, generator)
         noise = {k: state[k] for k in ("below", "noise") if k in state} or None
         return Truncation(Phi(*state["phi"]), shown, x, labels, bucket.way, extra, noise)
 
@@ -200,7 +200,7 @@ def fresh_tasks(bucket, pool, tasks: int, shot: int, mean: float, generator: tor
     }
 
 
-def unlabelled(bucket, pool, state: dict, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def unlabeled(bucket, pool, state: dict, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Random images of each task's classes as its network sees them, ``[T, *shape, N_0]``."""
     tasks, device = len(state["left"]), generator.device
     which = torch.randint(bucket.way, (tasks, *shape), generator=generator, device=device)
@@ -209,7 +209,7 @@ def unlabelled(bucket, pool, state: dict, shape: tuple[int, ...], generator: tor
     return _view(bucket, pool, state, pool.start[0][chosen] + member.long(), generator)[0]
 
 
-def labelled(bucket, pool, state: dict, draws: int, shot: int, generator: torch.Generator):
+def labeled(bucket, pool, state: dict, draws: int, shot: int, generator: torch.Generator):
     """D draws of two halves of `shot` different images per class ``[T, D, 2, K, N_0]``, labels, more targets."""
     classes = state["classes"].unsqueeze(1).expand(-1, draws, -1)
     member = sample_without_replacement(pool.size[0][classes], 2 * shot, generator)

@@ -18,7 +18,7 @@ class Row:
     of the baselines on embeddings: "knn", "linear", "mlp", "matching", "nearest-mean", "ridge". `source` is where
     training tasks come from: "labels", "clusters" (of the embedding, or of pixels), "hyperplanes", "random", "mixed"
     (clusters and the labels of a share of the classes), "attributes", "augmented" (UMTRA), "latent" (of the generator
-    `fitted`, with the arguments `latent` of `latent_tasks.LatentTasks`), "unlabelled" (sets of `shot` images, `way` 1).
+    `fitted`, with the arguments `latent` of `latent_tasks.LatentTasks`), "unlabeled" (sets of `shot` images, `way` 1).
     `clusters` and `partitions` are k and P.
 
     `steps` maps a scale to the number of meta-training steps; "full" is the paper's. `tasks`, `way`, `shot`, `query`,
@@ -127,7 +127,7 @@ class Row:
         place |= {"clusters": self.clusters, "partitions": self.partitions} if self.partitions else {}
         place |= {} if self.margin is None else {"margin": self.margin}
         place |= self.latent
-        place |= {"labelled_share": self.share} if self.source == "mixed" else {}
+        place |= {"labeled_share": self.share} if self.source == "mixed" else {}
         place |= {"train_splits": self.train_splits} if self.train_splits != ("train",) else {}
         place |= {"validation": self.validation} if self.validation else {}
         norm = {"batch_norm": "transductive"} if self.learner == "maml" and self.network.get("hidden") != () else {}

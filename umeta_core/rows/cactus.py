@@ -145,7 +145,7 @@ def _imagenet() -> list[Row]:
         _maml("imagenet", "cactus-maml-deepcluster", "CACTUs-MAML", source="clusters", variant="d=256;P=1;k=10000",
               **maml, **clusters),
         _maml("imagenet", "semi-supervised", "Semi-supervised MAML", source="mixed", share=64 / (64 + 964),
-              variant="CACTUs tasks + 64 labelled miniImageNet classes", **maml, **clusters),
+              variant="CACTUs tasks + 64 labeled miniImageNet classes", **maml, **clusters),
         _maml("imagenet", "oracle-maml", "Oracle-MAML (control)", variant="supervised;964 ImageNet classes", **maml),
     ]  # fmt: skip
 
@@ -159,9 +159,9 @@ def _mixing() -> list[Row]:
         rows += [
             _protonets("omniglot", f"mixed-protonets-{percent}", "Semi-supervised ProtoNets", source="mixed",
                        share=share, embedding="BiGAN", clusters=500, partitions=100,
-                       variant=f"CACTUs tasks + {percent} % of the characters labelled", **common),
+                       variant=f"CACTUs tasks + {percent} % of the characters labeled", **common),
             _protonets("omniglot", f"few-labels-protonets-{percent}", "Supervised ProtoNets", share=share,
-                       variant=f"{percent} % of the characters labelled", **common),
+                       variant=f"{percent} % of the characters labeled", **common),
         ]  # fmt: skip
     alone = dict(source="clusters", embedding="BiGAN", clusters=500, partitions=100)
     rows.append(_protonets("omniglot", "mixed-protonets-0", "Semi-supervised ProtoNets", variant="CACTUs tasks alone",

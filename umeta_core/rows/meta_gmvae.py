@@ -1,6 +1,6 @@
 """The rows of Meta-GMVAE: four trained models for Tables 1, 2 (right) and 5, the ablations of Table 2, mini-ImageNet.
 
-Every model is selected on labelled validation tasks of its own way and shot (reference code, not in the paper).
+Every model is selected on labeled validation tasks of its own way and shot (reference code, not in the paper).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _selected(way: int, shot: int) -> dict:
 def _row(slug: str, method: str, dataset: str, way: int, shot: int, size: int, **more) -> Row:
     """A model trained on sets of `size` images with `way` components."""
     common = dict(
-        paper="meta_gmvae", learner="gmvae", source="unlabelled", test_query=15, way=1, shot=size, query=0,
+        paper="meta_gmvae", learner="gmvae", source="unlabeled", test_query=15, way=1, shot=size, query=0,
         test_tasks=_TESTS, dataset=dataset, split_protocol="meta_gmvae" if dataset == "omniglot" else None,
         validation=_selected(way, shot),
     )  # fmt: skip
