@@ -5,13 +5,14 @@ import re
 import sys
 from pathlib import Path
 
+import jupytext
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import write_notebooks as wn  # noqa: E402
-from chapters import SITE  # noqa: E402
+from chapters import SITE, executable_chapters  # noqa: E402
 from pybtex.database import parse_string  # noqa: E402
 
 BIBLIOGRAPHY = """
@@ -48,6 +49,16 @@ def test_notebooks_are_current():
 @pytest.mark.skipif(not wn.LABELS.exists(), reason="the book is not built: run `make book`")
 def test_two_runs_write_the_same_bytes():
     assert wn.notebooks() == wn.notebooks()
+
+
+@pytest.mark.parametrize("chapter", executable_chapters(), ids=lambda path: path.stem)
+def test_a_notebook_has_the_code_that_the_build_executes(chapter):
+    """So that `make test` need not execute it again."""
+    executed = [cell.source for cell in jupytext.read(chapter).cells if cell.cell_type == "code"]
+    notebook = json.loads((ROOT / "notebooks" / f"{chapter.stem}.ipynb").read_text())
+    first, *cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert first.startswith(wn.SETUP) and ("def glue" in first) == any("myst_nb" in source for source in executed)
+    assert cells == [source.replace(wn.GLUE_IMPORT + "\n", "") for source in executed]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("**/[0-9]*.ipynb")), ids=lambda path: path.name)
