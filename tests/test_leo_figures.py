@@ -17,11 +17,11 @@ def test_percentiles_are_those_of_the_whole():
 
 @pytest.mark.slow
 def test_analysis_of_trained_rows(tmp_path, monkeypatch):
-    slugs = [f"{name}-1shot-glyphs" for name in leo_figures.ANALYSED]
+    slugs = [f"{name}-1shot-glyphs" for name in leo_figures.ANALYZED]
     for slug in slugs:
         train_row(find_row(slug), "smoke", 0, checkpoint=tmp_path / f"{slug}-smoke-seed0.pt", stages=tmp_path)
     found = leo_figures.analysis(tmp_path, tmp_path, suffix="-glyphs", tasks=20, scale="smoke")
-    codes, weights, sgd = (found["rows"][name] for name in leo_figures.ANALYSED)
+    codes, weights, sgd = (found["rows"][name] for name in leo_figures.ANALYZED)
     assert [s["of"] for s in codes["steps"]] == ["code"] * 5 + ["weights"] * 5
     assert [s["of"] for s in weights["steps"]] == [s["of"] for s in sgd["steps"]] == ["weights"] * 5
     assert len(codes["singular_values"]) == 64 and codes["curvature_of"] == "codes"

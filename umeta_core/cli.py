@@ -317,8 +317,11 @@ def _print_plan(arguments, rows, folder: Path) -> None:
             record = results.record_path(row.paper, row.slug, arguments.scale, seed, folder)
             done = record.exists() and not arguments.force
             todo += [] if done else [seconds]
-            state = "done" if done else _duration(seconds)
             name, steps = f"{row.slug:{width}}", row.steps[arguments.scale]
+            state = _duration(seconds)
+            if done:
+                ran = results.read_record(record)["steps"]
+                state = "done" if ran >= steps else f"done, {ran:,} steps only"
             print(f"{name}  {arguments.scale:6} seed {seed}  {steps:>7,} steps  {state}")
     total = None if None in todo else sum(todo)
     runs = len(rows) * len(arguments.seeds)

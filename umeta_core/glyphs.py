@@ -140,7 +140,7 @@ def make_glyphs(seed: int = 0, drawings: int = 20, progress: bool = True) -> dic
     classes = choose_classes(faces)
     outlines = [_outlines(face, [code for code, _ in classes]) for face in faces]
     small, packed = [], []
-    for i, (code, _) in enumerate(tqdm(classes, "drawing glyphs", disable=not progress)):
+    for i, (code, _) in enumerate(tqdm(classes, "drawing glyphs", disable=None if progress else True)):
         ink = draw(code, [of_face[i] for of_face in outlines if i in of_face], drawings, seed)
         small.append(shrink(ink))
         packed.append(np.packbits(ink, axis=-1))

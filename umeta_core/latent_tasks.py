@@ -22,7 +22,7 @@ def in_class(
 ) -> Tensor:
     """`count` more latents of the class of each anchor: ``[T, N, L] -> [T, N, count, L]``.
 
-    N adds noise, ``z + sigma * N(0, I)``; RO goes towards a new random latent v of its own, OC towards the anchor v of
+    N adds noise, ``z + sigma * N(0, I)``; RO goes toward a new random latent v of its own, OC toward the anchor v of
     another class of the task: ``z + alpha * (v - z)``. OC's sample i = 1, 2, ... of class c goes to class c + i mod N.
     (eq-lasium-policies)
 
@@ -39,7 +39,7 @@ def in_class(
     shape = (tasks, way, count, width)
     anchor = z.unsqueeze(2).expand(shape)
     if policy == "OC":
-        made = _towards_others(anchor if redrawn is None else redrawn, sign * strength, bool(own_noise))
+        made = _toward_others(anchor if redrawn is None else redrawn, sign * strength, bool(own_noise))
         if own_noise and count >= way:
             own = slice(way - 1, None, way)
             noise = torch.randn(made[:, :, own].shape, generator=generator, device=z.device)
@@ -54,8 +54,8 @@ def in_class(
     return F.normalize(made, dim=-1) if sphere else made
 
 
-def _towards_others(z: Tensor, alpha: float, visit_own: bool) -> Tensor:
-    """Sample i of class c of ``[T, N, count, L]`` moved towards class c + i mod N, with or without c in the round."""
+def _toward_others(z: Tensor, alpha: float, visit_own: bool) -> Tensor:
+    """Sample i of class c of ``[T, N, count, L]`` moved toward class c + i mod N, with or without c in the round."""
     way, count = z.shape[1:3]
     i = torch.arange(count, device=z.device)
     step = i + 1 if visit_own or way == 1 else 1 + i % (way - 1)

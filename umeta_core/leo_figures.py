@@ -35,7 +35,7 @@ from .speed import tune_cpu
 from .training import read_checkpoint, train
 
 PERCENTILES = (5, 25, 50, 75, 95)
-ANALYSED = ("leo", "leo-generator-tuned", "meta-sgd")
+ANALYZED = ("leo", "leo-generator-tuned", "meta-sgd")
 
 
 def percentiles(values: Tensor, most=1_000_000) -> list[float]:
@@ -67,9 +67,9 @@ def analyze(learner, source, shot: int, tasks: int, seed: int) -> dict:
 
 
 def analysis(stages, checkpoints, shot=1, seed=0, tasks=1000, suffix="-small", scale="full") -> dict:
-    """Figure 5 for the three rows of `ANALYSED`, from their checkpoints."""
+    """Figure 5 for the three rows of `ANALYZED`, from their checkpoints."""
     origin, done = provenance(), {}
-    for name in ANALYSED:
+    for name in ANALYZED:
         row = find_row(f"{name}-{shot}shot{suffix}")
         learner = untrained(row, seed, scale=scale, folder=stages)
         state = read_checkpoint(Path(checkpoints) / f"{row.slug}-{scale}-seed{seed}.pt")

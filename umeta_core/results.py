@@ -3,7 +3,7 @@
 A *record* is one JSON file per experiment row and seed, ``results/<paper>/<row>-<scale>-seed<k>.json``.
 A *published number* is one line of ``results/paper/<paper>.csv``; how those files were made and checked is told in
 ``results/paper/NOTES.md``. All accuracies and intervals here are percentages, and every interval is the half-width of
-a 95 % interval over tasks.
+a 95 % interval over tasks (LEO's published ones are standard deviations over five runs).
 """
 
 import csv
