@@ -84,6 +84,21 @@ def test_the_plan_of_a_table(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_that_stopped_early_goes_on(tmp_path, capsys):
+    committed = results.results_folder() / "cactus" / "oracle-protonets-glyphs-quick-seed0.json"
+    (tmp_path / "cactus").mkdir()
+    short = json.loads(committed.read_text()) | {"steps": 10}
+    (tmp_path / "cactus" / committed.name).write_text(json.dumps(short))
+    plan = ["reproduce", "cactus", "--rows", "oracle-protonets", "--dataset", "glyphs", "--scale", "quick"]
+    arguments = cli.parser().parse_args([*plan, "--results", str(tmp_path)])
+    chosen = rows.select_rows("cactus", None, "oracle-protonets", "glyphs")
+    assert cli._print_plan(arguments, chosen, tmp_path) == [tmp_path / "cactus" / committed.name]
+    said = capsys.readouterr().out
+    assert "goes on: the record has 10 steps" in said and "1 of 1 runs to do" in said
+    assert main([*plan, "--dry-run", "--results", str(results.results_folder())]) == 0
+    assert "0 of 1 runs to do" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("rows", ["scratch", "bigan"])
 def test_the_columns_of_a_plan_are_aligned(rows, capsys, tmp_path):
     assert main(["reproduce", "cactus", "--rows", rows, "--dry-run", "--results", str(tmp_path)]) == 0

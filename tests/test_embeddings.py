@@ -157,3 +157,11 @@ def test_convolutional_bigan_trains_on_crops():
 def test_an_embedding_must_say_how():
     with pytest.raises(NotImplementedError):
         Embedding().encode(torch.zeros(1))
+
+
+def test_a_checkpoint_of_other_options_is_refused(tmp_path):
+    first, second = small(), small()
+    first.options, second.options = {"lr": 2e-4}, {"lr": 5e-2}
+    first.fit(pictures(), epochs=1, batch=32, checkpoint=tmp_path / "e.pt", progress=False)
+    with pytest.raises(ValueError, match="options: {'lr': 0.0002} there, {'lr': 0.05} here"):
+        second.fit(pictures(), epochs=1, batch=32, checkpoint=tmp_path / "e.pt", progress=False)

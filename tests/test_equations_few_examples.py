@@ -10,7 +10,7 @@ from scratch import ROOT, scratch_namespace
 from umeta_core.data import ImageSet
 from umeta_core.episodes import Episodes, PartitionTasks, sample_without_replacement
 from umeta_core.evaluation import Evaluation, interval
-from umeta_core.maml import accuracy
+from umeta_core.losses import accuracy
 from umeta_core.plots import PALETTE
 from umeta_core.protonets import prototypes, squared_distances
 from umeta_core.results import VERDICTS

@@ -60,3 +60,18 @@ def test_curve_ends_where_evaluate_does_and_says_its_protocol():
     assert torch.equal(curve[2].accuracies, evaluate(maml, source(), **task).accuracies)
     assert [c.protocol["steps"] for c in curve] == [0, 2, 4]
     assert curve[0].protocol == {"dataset": "patterns", "split": "train", **task, "steps": 0}
+
+
+def test_a_module_is_tested_in_evaluation_mode_and_goes_back():
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(256)
+
+        def predict(self, episodes):
+            return self.norm(episodes.flat()[2].flatten(0, 1).flatten(1))[:, :3].unflatten(0, (len(episodes), -1))
+
+    learner = Normed()
+    before = learner.norm.running_mean.clone()
+    evaluate(learner, source(), way=3, shot=1, query=2, tasks=20)
+    assert torch.equal(learner.norm.running_mean, before) and learner.training

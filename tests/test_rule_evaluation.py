@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from umeta_core import rule_figures
+from umeta_core import rule_figures, rule_runs
 from umeta_core.data import load
 from umeta_core.episodes import PartitionTasks
 from umeta_core.learned_rule import UpdateRule, initial_phi, run_network
@@ -177,3 +177,16 @@ def test_the_pretrained_rule_improves_a_network_on_data_it_never_saw(digits):
     assert rule.about["steps"] > 1000 and rule.about["commit"]
     before, after = rule_curve(rule, trial(digits, networks=4, draws=5, seed=2), (0, 100)).mean(1)
     assert after > before + 0.1
+
+
+def test_a_run_leaves_its_last_theta_whatever_every_says(tmp_path, monkeypatch):
+    argv = ["x", "book", "--steps", "1", "--checkpoint", str(tmp_path / "c.pt"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", argv)
+    rule_runs.main()
+    theta = UpdateRule.restore(tmp_path / "out" / "000001.pt")
+    assert (theta.about["plan"], theta.about["steps"]) == ("book", 1)
+
+
+def test_rates_of_a_plan_fall_where_it_says():
+    rate = rule_runs.PLANS["paper"].rate
+    assert [rate(step) for step in (0, 99_999, 100_000, 150_000)] == [3e-4, 3e-4, 1e-4, 2e-5]

@@ -10,7 +10,7 @@ from umeta_core import stages
 from umeta_core.data import load
 from umeta_core.embeddings.base import read, write_atomically
 from umeta_core.experiments import run_row, some_labels, training_tasks
-from umeta_core.results import check_record, read_records
+from umeta_core.results import check_record, compare, read_records
 from umeta_core.rows import EMBEDDINGS, ROWS, embedding_plan, find_row
 
 
@@ -32,6 +32,7 @@ def test_plans_build_embeddings_of_the_published_width():
     sizes |= {"tiered_imagenet": (3, 84, 5), "glyphs": (1, 28, 5), "celeba_identity": (3, 84, 5)}
     widths = {"ACAI": 256, "DeepCluster": 256, "InfoGAN": 12, "PCA pixels": 256, "random network": 256, "SimCLR": 256,
               "features": 256}  # fmt: skip
+    built = {}
     for (name, dataset), plan in EMBEDDINGS.items():
         if plan.kind == "given":
             with pytest.raises(FileNotFoundError, match="no generator .*ts: save one"):
@@ -44,7 +45,8 @@ def test_plans_build_embeddings_of_the_published_width():
                 stages.build_embedding(plan, 3, 224)
             continue
         channels, size, _ = sizes[dataset]
-        width = stages.build_embedding(plan, channels, size).d
+        key = (plan.kind, str(plan.options), sizes[dataset])
+        width = built[key] = built.get(key) or stages.build_embedding(plan, channels, size).d
         usual = 640 if "WRN" in name else 50 if dataset == "mnist" else 200
         assert dataset == "glyphs" or width == widths.get(name.split()[-1] if plan.deviation else name, usual)
 
@@ -99,9 +101,12 @@ def test_rows_on_small_features_take_the_best_recorded_trial(name):
 
 def test_a_search_draws_its_configuration_from_the_seed(folder, tmp_path):
     row = find_row("leo-1shot-search", "glyphs")
-    first, second = (run_row(row, "smoke", seed, folder=tmp_path, stages=folder) for seed in (0, 1))
-    assert first["protocol"]["kl"] != second["protocol"]["kl"]
-    assert first["protocol"] == run_row(row, "smoke", 0, folder=tmp_path, stages=folder)["protocol"]
+    first, second = (row.configuration(seed).options["kl"] for seed in (0, 1))
+    assert first != second and row.configuration(0) == row.configuration(0)
+    assert run_row(row, "smoke", 1, folder=tmp_path, stages=folder)["protocol"]["kl"] == second
+    with pytest.raises(ValueError, match="no table 'x'"):
+        compare("leo", "x", folder=tmp_path)
+    assert compare("leo", "search", "glyphs", tmp_path) == []  # a table of trials: the notebook asks for it
     for seed in range(50):
         drawn = row.configuration(seed)
         assert all(least <= drawn.options.get(name, drawn.lr) <= most for name, (_, least, most) in row.search.items())

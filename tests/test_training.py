@@ -1,3 +1,4 @@
+import copy
 import os
 import signal
 import socket
@@ -53,6 +54,21 @@ def test_training_learns_and_same_seed_gives_same_numbers(kind):
     other = learner(kind)
     train(other, source(), steps=60, **TASK, seed=1)
     assert not same(first, other)
+
+
+def test_the_best_weights_are_kept_also_over_a_resume(tmp_path):
+    values, seen = iter([1.0, 3.0, 2.0, 0.0]), []
+
+    def validate(model):
+        seen.append(copy.deepcopy(model.state_dict()))
+        return next(values)
+
+    more = dict(validate=validate, validate_every=2, keep_best=True, checkpoint=tmp_path / "r.pt")
+    train(learner(), source(), steps=4, **more, **TASK)
+    resumed = learner(seed=9)
+    train(resumed, source(), steps=8, **more, **TASK)
+    assert all(torch.equal(v, seen[1][k]) for k, v in resumed.state_dict().items())
+    assert not torch.equal(seen[1]["network.weights.0"], seen[3]["network.weights.0"])
 
 
 @pytest.mark.parametrize("kind", ["maml", "protonets"])
@@ -257,3 +273,34 @@ def test_two_processes_equal_one(tmp_path):
     for name, value in one["learner"].items():
         torch.testing.assert_close(two["learner"][name], value, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(one["history"]["loss"], two["history"]["loss"], rtol=1e-6, atol=0)
+
+
+def test_infinite_losses_that_are_answered_for_stop_nothing(monkeypatch):
+    model = learner()
+    usual = model.loss
+    monkeypatch.setattr(model, "loss", lambda e: tuple(v * torch.inf for v in usual(e)))
+
+    def prepare(mean):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+
+    assert train(model, source(), steps=10, prepare=prepare, **TASK)["skipped"] == 10
+
+
+def test_files_that_several_processes_make_are_made_one_at_a_time(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from umeta_core.packs import alone
+path = Path(sys.argv[1])
+with alone(path):
+    if not path.exists():
+        time.sleep(1)
+        path.write_text(sys.argv[2])
+"""
+    path = tmp_path / "stage.pt"
+    both = [subprocess.Popen([sys.executable, "-c", code, str(path), str(n)], stderr=subprocess.PIPE, text=True)
+            for n in range(2)]  # fmt: skip
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and path.read_text() in ("0", "1")
+    assert sum("waiting for another process" in text for text in said) <= 1

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .episodes import Episodes
 from .evaluation import evaluate
-from .maml import cross_entropy
+from .losses import cross_entropy
 from .protonets import prototypes, squared_distances
 
 GROUP = 250_000  # numbers in the n x n matrices of the tasks solved together on a CPU: measured, they stay in the cache

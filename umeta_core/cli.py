@@ -89,7 +89,7 @@ def _add_reproduce(commands) -> None:
     command.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="SEED",
                          help="one run each (default: 0)")
     command.add_argument("--cores", type=_positive, default=os.cpu_count(), help="processor cores for all runs")
-    command.add_argument("--gpus", type=_positive, default=1, help="how many runs may use a GPU at once (default: 1)")
+    command.add_argument("--gpus", type=_positive, default=1, help="runs that may share --device (default: 1)")
     command.add_argument("--runs", type=Path, default=Path("runs"), help="executed notebooks and checkpoints go here")
     command.add_argument("--results", type=Path, help="folder of records (default: $UMETA_RESULTS or results)")
     command.add_argument("--profile", help="Snakemake profile, for a cluster")
@@ -122,6 +122,9 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+_seed.__name__ = _positive.__name__ = "whole number"  # what argparse calls them in its messages
 
 
 # Commands ----------------------------------------------------------------------------------------------------------
@@ -177,12 +180,10 @@ def _prepare(arguments) -> None:
     """Set the threads and the allocator, and refuse a device that is not there."""
     import torch
 
-    from .speed import tune_cpu
+    from .speed import device_of_process, tune_cpu
 
+    arguments.device = device_of_process(arguments.device)
     check_device(arguments.device)
-    if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:  # under torchrun each process has a GPU of its own
-        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        check_device(arguments.device)
     tune_cpu()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -274,9 +275,9 @@ def _reproduce(arguments) -> None:
         return
     folder = results.results_folder(arguments.results).resolve()
     check_device(arguments.device)
-    _print_plan(arguments, rows, folder)
+    shortened = _print_plan(arguments, rows, folder)
     if not arguments.dry_run:
-        _snakemake(arguments, [row.slug for row in rows], folder)
+        _snakemake(arguments, [row.slug for row in rows], folder, shortened)
         print(results.table_text(arguments.paper, arguments.table, arguments.dataset, True, folder))
 
 
@@ -306,26 +307,27 @@ def _print_list(rows, folder: Path) -> None:
     print("costs are full runs without the embedding and its partitions; GPU figures are planned, not measured")
 
 
-def _print_plan(arguments, rows, folder: Path) -> None:
-    """One line per run with the time it will take, and the sum."""
+def _print_plan(arguments, rows, folder: Path) -> list[Path]:
+    """One line per run with the time it will take, and the sum. Returns the records of runs that stopped early."""
     from .experiments import expected_seconds
 
-    todo, width = [], max(len(row.slug) for row in rows)
+    todo, shortened, width = [], [], max(len(row.slug) for row in rows)
     for row in rows:
         seconds = expected_seconds(row, arguments.scale, arguments.device)
         for seed in arguments.seeds:
             record = results.record_path(row.paper, row.slug, arguments.scale, seed, folder)
-            done = record.exists() and not arguments.force
+            ran, steps = results.read_record(record)["steps"] if record.exists() else 0, row.budget(arguments.scale)
+            done = record.exists() and ran >= steps and not arguments.force
             todo += [] if done else [seconds]
-            name, steps = f"{row.slug:{width}}", row.steps[arguments.scale]
-            state = _duration(seconds)
-            if done:
-                ran = results.read_record(record)["steps"]
-                state = "done" if ran >= steps else f"done, {ran:,} steps only"
-            print(f"{name}  {arguments.scale:6} seed {seed}  {steps:>7,} steps  {state}")
+            state = "done" if done else _duration(seconds)
+            if record.exists() and ran < steps:
+                state += f", goes on: the record has {ran:,} steps"
+                shortened.append(record)
+            print(f"{row.slug:{width}}  {arguments.scale:6} seed {seed}  {steps:>7,} steps  {state}")
     total = None if None in todo else sum(todo)
     runs = len(rows) * len(arguments.seeds)
     print(f"{len(todo)} of {runs} runs to do on {arguments.device}; one after another {_duration(total)}", flush=True)
+    return shortened
 
 
 def _duration(seconds) -> str:
@@ -336,8 +338,11 @@ def _duration(seconds) -> str:
     return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
-def _snakemake(arguments, slugs: list[str], folder: Path) -> None:
-    """Hand the plan to Snakemake, with `--runs` as its working directory. Raises ValueError when a run failed."""
+def _snakemake(arguments, slugs: list[str], folder: Path, again: list[Path]) -> None:
+    """Hand the plan to Snakemake, with `--runs` as its working directory; the records `again` are made anew.
+
+    Raises ValueError when a run failed.
+    """
     missing = [name for name in ("snakemake", "papermill") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)} not installed; pip install -e '.[reproduce]' (Python 3.11 or newer)")
@@ -357,7 +362,7 @@ def _snakemake(arguments, slugs: list[str], folder: Path) -> None:
     ]  # fmt: skip
     command += ["--profile", arguments.profile] if arguments.profile else []
     # the table always: an older one of other rows would hide that records are missing
-    command += ["--forcerun", "table", *(["row"] if arguments.force else [])]
+    command += ["--forcerun", "table", *(["row"] if arguments.force else map(str, again))]
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     for name in ("UMETA_DATA", "UMETA_CACHE"):  # the runs have another working directory

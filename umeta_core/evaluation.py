@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .episodes import Episodes
-from .maml import accuracy
+from .losses import accuracy
 
 _BLOCK = 20  # tasks drawn at a time: fixed, so that every learner sees the same tasks whatever fits its memory
 
@@ -65,9 +66,10 @@ def evaluate(
         max_images: how many images are handled at once; lower it if memory runs out.
     """
     correct = []
-    for episodes in _progress(sample_blocks(source, tasks, way, shot, query, seed, _device(source)), tasks):
-        logits = in_chunks(learner.predict, episodes, max_images)
-        correct.append(accuracy(logits, episodes.flat()[3]).cpu())
+    with _testing(learner):
+        for episodes in _progress(sample_blocks(source, tasks, way, shot, query, seed, _device(source)), tasks):
+            logits = in_chunks(learner.predict, episodes, max_images)
+            correct.append(accuracy(logits, episodes.flat()[3]).cpu())
     return Evaluation(torch.cat(correct), _protocol(source, way, shot, query, tasks, seed))
 
 
@@ -85,11 +87,25 @@ def evaluate_curve(
 ) -> list[Evaluation]:
     """As `evaluate`, after each number of adaptation steps in `at`, on the same tasks."""
     correct = []
-    for episodes in _progress(sample_blocks(source, tasks, way, shot, query, seed, _device(source)), tasks):
-        curve = in_chunks(lambda e: learner.predict_curve(e, at), episodes, max_images)
-        correct.append(torch.stack([accuracy(logits, episodes.flat()[3]).cpu() for logits in curve]))
+    with _testing(learner):
+        for episodes in _progress(sample_blocks(source, tasks, way, shot, query, seed, _device(source)), tasks):
+            curve = in_chunks(lambda e: learner.predict_curve(e, at), episodes, max_images)
+            correct.append(torch.stack([accuracy(logits, episodes.flat()[3]).cpu() for logits in curve]))
     protocol = _protocol(source, way, shot, query, tasks, seed)
     return [Evaluation(a, {**protocol, "steps": s}) for a, s in zip(torch.cat(correct, 1), at)]
+
+
+@contextmanager
+def _testing(learner):
+    """A module in evaluation mode, which it then leaves if it was not in it."""
+    was = getattr(learner, "training", False)
+    if was:
+        learner.eval()
+    try:
+        yield
+    finally:
+        if was:
+            learner.train()
 
 
 def _protocol(source, way, shot, query, tasks, seed) -> dict:

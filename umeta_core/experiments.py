@@ -90,10 +90,12 @@ def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
     if row.source == "augmented":
         return AugmentedTasks(images, umtra_drawings if images.images.shape[1] == 1 else auto_augment)
     if row.source == "attributes":
-        return AttributeTasks(images, attribute_prototypes(images, sorted(images.attribute_names)[:20], row.least()))
-    labeled = PartitionTasks(images, some_labels(images, row.share, seed) if row.share else None, features)
-    if row.source == "labels":
-        return labeled
+        least = max(10, row.least())  # the paper's 4287 prototypes have ten images in each class
+        return AttributeTasks(images, attribute_prototypes(images, sorted(images.attribute_names)[:20], least))
+    if row.source in ("labels", "mixed"):
+        labeled = PartitionTasks(images, some_labels(images, row.share, seed) if row.share else None, features)
+        if row.source == "labels":
+            return labeled
     clusters = PartitionTasks(images, make_partitions(row, scale, seed, device, folder), features)
     return MixedTasks(labeled, clusters, row.share) if row.source == "mixed" else clusters
 
@@ -341,7 +343,7 @@ def execute_notebook(row: Row, scale: str, seed: int, device="cpu", threads=1, f
     parameters = {"row": row.slug, "scale": scale, "seed": seed, "device": str(device), "threads": threads,
                   "results": str(results_folder(folder).resolve()), "checkpoint": str(checkpoint),
                   "stages": str(stem.parent / "stages"),
-                  "notebook": f"runs/{row.paper}/{copy.name}"}  # fmt: skip
+                  "notebook": f"{Path(runs).resolve().name}/{row.paper}/{copy.name}"}  # fmt: skip
     run_notebook(NOTEBOOKS / f"{row.paper}.ipynb", copy, parameters)
     return copy
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .episodes import Episodes
 from .fast_leo import QueryLoss
-from .maml import accuracy, cross_entropy
+from .losses import accuracy, cross_entropy
 from .networks import glorot_uniform
 from .training import noise_of_call
 

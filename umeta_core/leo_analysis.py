@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .leo import LEO
-from .maml import MAML, adapt, cross_entropy
+from .losses import cross_entropy
+from .maml import MAML, adapt
 
 
 def curvature(x: Tensor, logits: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from .leo_regression import (
     both_families,
     distances,
 )
+from .packs import atomic
 from .results import provenance, results_folder
 from .rows import find_row
 from .speed import tune_cpu
@@ -140,10 +140,8 @@ def rounded(value):
 def write(record: dict, folder=None) -> Path:
     """``<results>/leo/figures/<what>-seed<seed>.json``, whole or not at all."""
     path = results_folder(folder) / "leo" / "figures" / f"{record['what']}-seed{record['seed']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return path
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .episodes import Episodes
 from .fast_conv4 import Head, PatchMoments, TaskNets, to_groups
+from .losses import accuracy, cross_entropy
 from .networks import Conv4
 
 CACHE_BYTES = 3e6  # measured: with larger first maps, tasks one by one are faster than together
@@ -47,16 +48,6 @@ def adapt(
         for i, g in zip(moving, grads):
             params[i] = params[i] - rates[i] * g
     return params
-
-
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of each task ``[T]`` from logits ``[T, n, N]`` and labels ``[T, n]``."""
-    return F.cross_entropy(logits.transpose(1, 2), y, reduction="none").mean(1)
-
-
-def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of right answers of each task ``[T]``. (eq-accuracy)"""
-    return (logits.argmax(2) == y).float().mean(1)
 
 
 class MAML(nn.Module):
@@ -115,7 +106,7 @@ class MAML(nn.Module):
 
     def _rates(self, way: int, lr: float) -> list:
         if self.rates is None:
-            return [lr if a else 0.0 for a in self.adapted]
+            return [float(lr) if a else 0.0 for a in self.adapted]
         return [*self.rates[:-2], self.rates[-2][:way], self.rates[-1][:way]]
 
     def _weight(self, episodes: Episodes) -> float:

@@ -96,8 +96,7 @@ class Conv4(nn.Module):
         body = [t for three in zip(self.weights, self.scales, self.shifts) for t in three]
         if self.way is None:
             return body
-        if way is not None and way > self.way:
-            raise ValueError(f"{way}-way tasks need a head of {way} outputs; this network has {self.way}")
+        check_head(self.way, way)
         return [*body, self.head_weight[:way], self.head_bias[:way]]
 
     def norm_mask(self) -> list[bool]:
@@ -114,6 +113,7 @@ class Conv4(nn.Module):
         `stats` says which batch-norm statistics are used: "batch" (those of x) or "running" (the averages over
         training, momentum 0.1 and unbiased variance as in PyTorch's BatchNorm2d). `update` adds x to the averages.
         """
+        _one_of("stats", stats, ("batch", "running"))
         if stats == "running":
             return self._embed_running(x)
         x = channels_last(x)
@@ -186,6 +186,7 @@ class MLP(nn.Module):
 
     def tensors(self, way: int | None = None) -> list[Tensor]:
         """Weight and bias (with batch norm: its shift) of each layer; the last layer cut to its first `way` outputs."""
+        check_head(self.way, way)
         flat = [t for two in zip(self.weights, self.biases) for t in two]
         return [*flat[:-2], flat[-2][:way], flat[-1][:way]]
 
@@ -208,6 +209,12 @@ class MLP(nn.Module):
                 x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps) + params[i + 1].unsqueeze(1)
             x = x if last else F.relu(x)
         return x
+
+
+def check_head(outputs: int, way: int | None) -> None:
+    """Raise ValueError if tasks have more classes than the head has outputs; None: all outputs are asked for."""
+    if way is not None and way > outputs:
+        raise ValueError(f"{way}-way tasks need a head of {way} outputs; this network has {outputs}")
 
 
 def _one_of(what: str, value: str | int, known: tuple) -> None:

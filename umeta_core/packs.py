@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import shutil
+import sys
 import uuid
 import warnings
 import zipfile
@@ -39,13 +40,33 @@ def atomic(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot write to {path.parent} ({error.strerror}): choose another with UMETA_CACHE") from None
+        raise OSError(f"cannot write to {path.parent} ({error.strerror}): choose another folder; UMETA_CACHE names the "
+                      "one for data") from None  # fmt: skip
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(path):
+    """Keep other processes that make the same file waiting; they then find it. Not on systems without ``fcntl``."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that makes {path}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

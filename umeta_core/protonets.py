@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .episodes import Episodes
-from .maml import accuracy, cross_entropy
+from .losses import accuracy, cross_entropy
 
 
 def prototypes(z: Tensor) -> Tensor:

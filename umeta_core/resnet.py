@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fast_conv4 import to_groups
-from .networks import glorot_uniform
+from .networks import check_head, glorot_uniform
 
 
 class ResNet(nn.Module):
@@ -54,8 +54,7 @@ class ResNet(nn.Module):
     def tensors(self, way: int | None = None) -> list[Tensor]:
         """Weight and bias of the first convolution; shift, weight, shift, weight, bias and shortcut of each group;
         weight and bias of the head's first `way` outputs."""
-        if way is not None and way > self.way:
-            raise ValueError(f"{way}-way tasks need a head of {way} outputs; this network has {self.way}")
+        check_head(self.way, way)
         w, s = self.weights, self.shifts
         body = [self.first, self.first_bias]
         for g, (bias, shortcut) in enumerate(zip(self.biases, self.shortcuts)):

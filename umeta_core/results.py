@@ -191,12 +191,13 @@ def device_name(device) -> str:
 # Comparison --------------------------------------------------------------------------------------------------------
 
 
-def verdict(paper, paper_ci, ours, ci95=0.0, spread=0.0, reduced=False) -> str:
+def verdict(paper, paper_ci, ours, ci95=0.0, spread=None, reduced=False) -> str:
     """Say in a word how a measured number stands beside the published one (all arguments in percent).
 
     *reproduced*: the difference is at most the largest of 1.5 points, twice the standard deviation over seeds
-    (``spread``), and the two intervals together (eq-verdict-tolerance). *higher* and *lower* are what they say.
-    *reduced budget*: the run was smaller than the paper's, so the difference is shown but not judged.
+    (``spread``; None for fewer than three), and the two intervals together (eq-verdict-tolerance). *higher* and
+    *lower* are what they say. *reduced budget*: the run was smaller than the paper's, so the difference is shown but
+    not judged.
     """
     if ours is None:
         return "not run"
@@ -204,7 +205,7 @@ def verdict(paper, paper_ci, ours, ci95=0.0, spread=0.0, reduced=False) -> str:
         return "no published number"
     if reduced:
         return "reduced budget"
-    if abs(ours - paper) <= max(TOLERANCE, 2 * spread, (paper_ci or 0.0) + ci95):
+    if abs(ours - paper) <= max(TOLERANCE, 2 * (spread or 0.0), (paper_ci or 0.0) + ci95):
         return "reproduced"
     return "higher" if ours > paper else "lower"
 
@@ -245,8 +246,9 @@ def compare(paper: str, table=None, dataset: str | None = None, folder=None) -> 
     Raises ValueError, naming the tables there are, for an unknown table.
     """
     numbers = published(paper, folder)
-    records = [r for r in read_records(paper, folder) if r["table"] != "search"]  # trials, on validation tasks
+    records = read_records(paper, folder)
     tables = list(dict.fromkeys(entry["table"] for entry in [*numbers, *records]))
+    records = [r for r in records if r["table"] != "search"]  # trials, on validation tasks
     if table is not None and str(table) not in tables:
         raise ValueError(f"{paper} has no table {table!r}; its tables: {', '.join(tables)}")
     places = {dataset} if dataset else {DATASETS.get(number["dataset"], number["dataset"]) for number in numbers}
@@ -277,7 +279,7 @@ def _compared(number: dict, records: list[dict]) -> dict:
         first = runs[0][0]
         row["ours"] = statistics.fmean(cell["accuracy"] for cell in cells)
         row["ci95"] = math.sqrt(sum(cell["ci95"] ** 2 for cell in cells)) / len(cells)
-        row["spread"] = statistics.stdev(cell["accuracy"] for cell in cells) if len(cells) > 1 else 0.0
+        row["spread"] = statistics.stdev(cell["accuracy"] for cell in cells) if len(cells) > 2 else None
         if isinstance(row["paper"], _NUMBER):
             row["difference"] = row["ours"] - row["paper"]
         row.update(seeds=[record["seed"] for record, _ in runs], files=[record["file"] for record, _ in runs])
@@ -325,7 +327,7 @@ def _cells(row: dict) -> tuple:
     if row["deviation"]:
         verdict_text += f"; {row['deviation']}"
     if len(row["seeds"]) > 1:
-        verdict_text += f"; {len(row['seeds'])} seeds, std {row['spread']:.2f}"
+        verdict_text += f"; {len(row['seeds'])} seeds" + ("" if row["spread"] is None else f", std {row['spread']:.2f}")
     difference = "-" if row["difference"] is None else f"{row['difference']:+.2f}"
     place = f"{row['way']}, {row['shot']}" if row["way"] else row["metric"]
     return _label(row), place, _interval(row["paper"], row["paper_ci"]), _interval(row["ours"], row["ci95"]), \

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .episodes import Episodes
 from .learned_rule import EMBEDDING, Phi, run_network
-from .maml import accuracy, cross_entropy
+from .losses import accuracy, cross_entropy
 from .protonets import prototypes, squared_distances
 from .rule_evaluation import Trial
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from .data import ImageSet, load, places
 from .episodes import PartitionTasks
 from .evaluation import evaluate
 from .learned_rule import ACTIVATIONS, UpdateRule
+from .packs import atomic
 from .results import provenance, results_folder
 from .rule_baselines import ProtoMLP, ShuffledTasks, supervised_accuracy, vae_path
 from .rule_evaluation import Trial, pca_accuracy, pixel_accuracy, rule_curve, trial
@@ -205,10 +205,15 @@ def main() -> None:
     a = parser.parse_args()
     if a.figure == "training" and not (a.thetas and sorted(a.thetas.glob("*.pt"))):
         parser.error("training needs --thetas FOLDER, with the files that rule_runs wrote")
+    for option, figures in (("theta", [*FIGURES]), ("thetas", ["training"]), ("checkpoint", ["training"]),
+                            ("data", ["datasets", "training"]),
+                            ("networks", ["datasets", "architectures", "permutation", "training", "mismatch"])):
+        if getattr(a, option) is not None and a.figure not in figures:
+            parser.error(f"--{option} means nothing to {a.figure}")
     tune_cpu()
     started = time.perf_counter()
     many = {} if a.networks is None else {"networks": a.networks}
-    if a.data and a.figure in ("datasets", "training"):
+    if a.data:
         many["names"] = tuple(a.data)
     if a.figure == "training":
         record = training(a.thetas, a.checkpoint, **many)
@@ -217,15 +222,13 @@ def main() -> None:
         about, record = {}, mismatch(**many)
     else:
         theta = UpdateRule.restore(a.theta) if a.theta else UpdateRule.pretrained()
-        about, record = theta.about, FIGURES[a.figure](theta, **({} if a.figure == "variance" else many))
+        about, record = theta.about, FIGURES[a.figure](theta, **many)
     record = {"figure": a.figure, "theta": about, **record, "wall_seconds": round(time.perf_counter() - started, 1),
               **provenance()}  # fmt: skip
     name = a.figure + (f"-{about['plan']}-{about['steps']}-seed{about['seed']}" if about else "")
     folder = a.folder or results_folder() / "learned_rule" / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{name}.json.part"
-    partial.write_text(json.dumps(record, indent=1))
-    os.replace(partial, folder / f"{name}.json")
+    with atomic(folder / f"{name}.json") as partial:
+        partial.write_text(json.dumps(record, indent=1))
     print(folder / f"{name}.json")
 
 

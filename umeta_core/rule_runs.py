@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .results import provenance
 from .rule_evaluation import rule_curve, trial
 from .rule_learners import RuleLearner
 from .rule_tasks import Bucket, Curriculum, RuleTasks
-from .speed import tune_cpu
+from .speed import device_of_process, tune_cpu
 from .training import train
 
 
@@ -117,16 +118,22 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="less memory, a third more time")
     a = parser.parse_args()
     tune_cpu()
+    a.device, a.steps = device_of_process(a.device), a.steps or PLANS[a.plan].steps
     origin = provenance(a.device)  # now, as the code may change while it runs
     held_out = trial(load("glyphs", "val", size=8, device=a.device), networks=4, seed=1)
 
+    def save(rule: UpdateRule, step: int) -> None:
+        if int(os.environ.get("RANK", 0)) == 0:
+            rule.save(a.out / f"{step:06d}.pt", plan=a.plan, seed=a.seed, steps=step, **origin)
+
     def keep(learner: RuleLearner, step: int) -> float:
         """Save theta; its accuracy in percent on unseen characters after 100 steps of the rule."""
-        learner.rule.save(a.out / f"{step:06d}.pt", plan=a.plan, seed=a.seed, steps=step, **origin)
+        save(learner.rule, step)
         return 100 * rule_curve(learner.rule, held_out, (100,)).mean().item()
 
-    meta_train(a.plan, a.seed, steps=a.steps, device=a.device, recompute=a.recompute, seconds=a.seconds, keep=keep,
-               every=a.every, checkpoint=a.checkpoint, log_every=40)  # fmt: skip
+    rule, _ = meta_train(a.plan, a.seed, steps=a.steps, device=a.device, recompute=a.recompute, seconds=a.seconds,
+                         keep=keep, every=a.every, checkpoint=a.checkpoint, log_every=40)  # fmt: skip
+    save(rule, a.steps)
 
 
 if __name__ == "__main__":

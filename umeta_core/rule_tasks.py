@@ -169,7 +169,15 @@ class RuleTasks:
     def load_state_dict(self, state: dict) -> None:
         """What `state_dict` gave; one of several processes starts with fresh networks, as it has not saved its own."""
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        self.steps, self.alive = state["steps"], state["alive"] if alone else [None] * len(self.buckets)
+        device = self.buckets[0].images.labels.device
+        self.steps, self.alive = state["steps"], _to(device, state["alive"]) if alone else [None] * len(self.buckets)
+
+
+def _to(device, value):
+    """Tensors in nested lists and dicts, on a device."""
+    if isinstance(value, dict):
+        return {k: _to(device, v) for k, v in value.items()}
+    return [_to(device, v) for v in value] if isinstance(value, list) else value if value is None else value.to(device)
 
 
 def fresh_tasks(bucket, pool, tasks: int, shot: int, mean: float, generator: torch.Generator) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 
 def tune_cpu() -> bool:
@@ -18,3 +19,8 @@ def tune_cpu() -> bool:
         return False
     mmap_threshold, trim_threshold = -3, -1
     return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, 2**31 - 1))
+
+
+def device_of_process(name: str) -> str:
+    """The device of this process: under ``torchrun`` each has a GPU of its own."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name

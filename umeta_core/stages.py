@@ -19,9 +19,10 @@ from . import partitions as parts
 from .data import ImageSet, load
 from .embeddings.base import Embedding, read, write_atomically
 from .embeddings.deepcluster import pca_whitening
-from .packs import cache_folder
+from .packs import alone, cache_folder
 from .pickles import read_embeddings
 from .rows import EmbeddingPlan, Row
+from .speed import tune_cpu
 
 
 def stages_folder(folder=None) -> Path:
@@ -126,6 +127,7 @@ def stage_files(row: Row, scale: str, seed: int, folder=None) -> list[Path]:
 def run_stage(rows: list[Row], scale: str, seeds: list[int], path, device="cpu", threads=1) -> None:
     """Make the stage file `path` for the first of the rows that needs it. ValueError: none does."""
     path = Path(path)
+    tune_cpu()
     torch.set_num_threads(threads)
     for row in rows:
         for split in ("train", "val", "test") if row.needs_embedding else ():
@@ -158,10 +160,12 @@ def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True
     path = Path(f"{_stem(plan.weights_of or row.fitted or row.embedding, row.dataset, scale, folder)}.pt")
     data = images_of(row, "train", device)
     model = build_embedding(plan, *data.images.shape[1:3], path=path).to(device)
+    model.options = plan.options
     every = max(1, len(data) // 2000) if scale == "smoke" else 1
     labels = {"labels": data.labels[::every]} if plan.kind == "supervised" else {}
-    model.fit(data.images[::every], epochs=plan.epochs[scale], batch=plan.batch, checkpoint=path, progress=progress,
-              **labels)  # fmt: skip
+    with alone(path):
+        model.fit(data.images[::every], epochs=plan.epochs[scale], batch=plan.batch, checkpoint=path,
+                  progress=progress, **labels)  # fmt: skip
     return model
 
 
@@ -230,26 +234,29 @@ def make_partitions(row: Row, scale: str, seed: int, device="cpu", folder=None) 
     """The row's partitions ``[P, n]`` of the training images, -1 = left out, from their file if it exists."""
     k, many, least = clusters(row, scale), row.stack(scale), row.least()
     path = partitions_file(row, scale, seed, folder)
-    if path.exists():
-        return read(path)["partitions"].to(device)
     generator = torch.Generator(device=device).manual_seed(seed)
     if row.source == "random":
         return parts.random_partitions(len(images_of(row, "train", device)), k, many, generator)
+    with alone(path):
+        if not path.exists():
+            write_atomically({"partitions": _partitions(row, scale, k, many, least, generator, folder).cpu()}, path)
+    return read(path)["partitions"].to(device)
+
+
+def _partitions(row: Row, scale: str, k: int, many: int, least: int, generator, folder) -> Tensor:
+    device = generator.device
     size = dict(least=least, way=row.way)
     if row.source == "hyperplanes":
         z = vectors(row, "train", scale, device, folder)
-        made = parts.hyperplane_partitions(z, partitions=many, generator=generator, margin=row.margin,
+        return parts.hyperplane_partitions(z, partitions=many, generator=generator, margin=row.margin,
                                            spread=spread(row), **size)  # fmt: skip
-    elif row.embedding == "pixels":
+    if row.embedding == "pixels":
         z = parts.zca(images_of(row, "train", device).images)
-        made = parts.cluster_partitions(z, k, many, generator, enough=0.0, restarts=1, **size)
-    else:
-        z = vectors(row, "train", scale, device, folder)
-        rule = dict(enough=0.8, sizable=least, restarts=3 if many > 1 else None) if row.learner == "protonets" else {}
-        rule = dict(enough=0.0) if scale == "smoke" else rule
-        made = parts.cluster_partitions(z, k, many, generator, **rule, **size)
-    write_atomically({"partitions": made.cpu()}, path)
-    return made
+        return parts.cluster_partitions(z, k, many, generator, enough=0.0, restarts=1, **size)
+    z = vectors(row, "train", scale, device, folder)
+    rule = dict(enough=0.8, sizable=least, restarts=3 if many > 1 else None) if row.learner == "protonets" else {}
+    rule = dict(enough=0.0) if scale == "smoke" else rule
+    return parts.cluster_partitions(z, k, many, generator, **rule, **size)
 
 
 def spread(row: Row) -> float:
@@ -261,10 +268,10 @@ def centroids(row: Row, scale: str, device="cpu", folder=None) -> Tensor:
     """The centroids ``[k, d]`` of the training vectors for cluster matching: the best of ten k-means, seed 0."""
     k = clusters(row, scale)
     path = Path(f"{stem(row, scale, folder)}-centroids-k{k}.pt")
-    if path.exists():
-        return read(path)["centroids"].to(device)
-    z = vectors(row, "train", scale, device, folder)
-    restarts = 10 if scale == "full" else 1
-    made = parts.kmeans(z, k, torch.Generator(device=device).manual_seed(0), restarts=restarts).centroids
-    write_atomically({"centroids": made.cpu()}, path)
-    return made
+    with alone(path):
+        if not path.exists():
+            z = vectors(row, "train", scale, device, folder)
+            restarts = 10 if scale == "full" else 1
+            made = parts.kmeans(z, k, torch.Generator(device=device).manual_seed(0), restarts=restarts).centroids
+            write_atomically({"centroids": made.cpu()}, path)
+    return read(path)["centroids"].to(device)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .episodes import Episodes
+from .packs import atomic
 
 
 def noise_of_call(device, seed: int, call: int) -> torch.Generator:
@@ -72,7 +73,7 @@ def train(
 
     Under ``torchrun`` each process takes its share of every batch of tasks, gradients are averaged over all tasks that
     were done, and process 0 prints and writes. All processes draw the same batch, so the tasks are those of a single
-    process.
+    process; but statistics of a batch norm over all images of a batch are those of a process's share.
 
     Returns:
         ``{"step": [...], "loss": [...], "accuracy": [...], "validation": [[step, value], ...], "seconds": float}``,
@@ -102,9 +103,10 @@ def train(
     while run.step < steps:
         started = time.perf_counter()
         run.one_step(tasks, way, shot, query)
+        if logged := run.step % log_every == 0 or run.step == steps:
+            run.log()  # waits for a GPU, so that its time counts
         run.history["seconds"] += time.perf_counter() - started
-        if run.step % log_every == 0 or run.step == steps:
-            run.log()
+        if logged:
             report.show()
         if validate and validate_every and run.step % validate_every == 0:
             run.history["validation"].append([run.step, validate(learner)])
@@ -144,7 +146,8 @@ class _Run:
         losses.mean().backward()
         mean = torch.stack([losses.detach().mean(), accuracies.mean()])
         if self.world > 1:
-            _average([p.grad for p in self.params] + [mean], len(losses))
+            averages = [b for b in self.learner.buffers() if b.is_floating_point()]  # of batch norm
+            _average([p.grad for p in self.params] + averages + [mean], len(losses))
         self.recent.append(mean)
         if self.prepare is not None:
             self.prepare(mean[0])
@@ -183,7 +186,7 @@ class _Run:
         if self.prepare is not None:
             finite = recent.isfinite().all(1)
             self.history["skipped"] = self.history.get("skipped", 0) + int((~finite).sum())
-            recent = recent[finite] if finite.any() else recent.nan_to_num()
+            recent = recent[finite] if finite.any() else recent.nan_to_num(0.0, 0.0, 0.0)
         mean = recent.mean(0)
         self._check(mean)
         self.recent = []
@@ -212,10 +215,8 @@ class _Run:
             "source": self.source.state_dict() if hasattr(self.source, "state_dict") else None,
             "versions": versions(),
         }
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.checkpoint.with_name(self.checkpoint.name + ".part")
-        torch.save(state, partial)
-        os.replace(partial, self.checkpoint)
+        with atomic(self.checkpoint) as partial:
+            torch.save(state, partial)
 
     def load(self) -> None:
         state = read_checkpoint(self.checkpoint)

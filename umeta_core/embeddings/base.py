@@ -99,7 +99,7 @@ class _Fitting:
         self.model, self.images, self.epochs, self.batch = model, images, epochs, batch
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.config = {"model": type(model).__name__, "images": len(images), "epochs": epochs, "batch": batch,
-                       "seed": seed}  # fmt: skip
+                       "seed": seed, "options": getattr(model, "options", {})}  # fmt: skip
         self.generator = torch.Generator(device=images.device).manual_seed(seed)
         model.opt = model.optimizers()
         self.epoch, self.at, self.order, self.sums = 0, 0, None, {}
@@ -154,6 +154,7 @@ class _Fitting:
     def load(self) -> None:
         state = read(self.checkpoint)
         old = state.get("config", {})
+        old.setdefault("options", self.config["options"])  # files of older versions do not say
         differ = [f"{k}: {old.get(k)!r} there, {v!r} here" for k, v in self.config.items() if old.get(k) != v]
         if differ:
             raise ValueError(f"{self.checkpoint} belongs to another run ({'; '.join(differ)}); "

@@ -71,7 +71,7 @@ def _mini_rows() -> list[Row]:
                 paper="meta_gmvae", dataset="mini_imagenet", split_protocol=None, embedding="SimCLR",
                 inputs="embeddings", tests=(*shots, (5, 50)), test_query=15, test_tasks=_TESTS)  # fmt: skip
     clusters = replace(probe, slug="cactus-maml-simclr-mini-imagenet", method="CACTUs-MAML", learner="maml", table="10",
-                       source="clusters", clusters=500, partitions=50, way=5, tasks=8, query=5, clip=10.0,
+                       source="clusters", clusters=500, partitions=50, way=5, tasks=8, query=5, clip=2.0,
                        network={"hidden": ()}, steps={"smoke": 2, "quick": 300, "full": 60_000},
                        options={"inner_lr": 0.05, "inner_steps": 5, "test_steps": 50, "inner_loss": "sum"})  # fmt: skip
     ablations = [
