@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -209,10 +210,23 @@ def test_reproduce_runs_records_and_resumes(tmp_path):
     assert again.returncode == 0 and "0 of 1 runs to do" in again.stdout
     assert results.read_records("cactus", tmp_path / "results") == [record]
 
-    other = umeta(*(("knn-random-network" if a == "oracle-protonets" else a) for a in arguments))  # same table
-    assert other.returncode == 0, other.stdout + other.stderr
-    rows = {r["row"] for r in results.read_records("cactus", tmp_path / "results")}
-    assert rows == {"oracle-protonets-glyphs", "knn-random-network-glyphs"}
+    path = Path(record["file"])  # as if that run had stopped early; and another row of the same table
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 1}))
+    both = "oracle-protonets,knn-random-network"
+    other = umeta(*((both if a == "oracle-protonets" else a) for a in arguments))
+    assert other.returncode == 0 and "goes on: the record has 1 steps" in other.stdout, other.stdout + other.stderr
+    found = {r["row"]: r["steps"] for r in results.read_records("cactus", tmp_path / "results")}
+    assert found == {"oracle-protonets-glyphs": 3, "knn-random-network-glyphs": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", ["leo-1shot-search", "ro-vae-maml-02", "gmvae-5way-1shot-decode1"])
+def test_the_experiment_notebooks_run_to_their_end(slug, tmp_path):
+    pytest.importorskip("papermill")
+    row = rows.find_row(slug, "glyphs")
+    copy = experiments.execute_notebook(row, "smoke", 0, folder=tmp_path / "results", runs=tmp_path / "out")
+    (record,) = results.read_records(row.paper, tmp_path / "results")
+    assert record["row"] == row.slug and record["notebook"] == f"out/{row.paper}/{copy.name}"
 
 
 def test_a_shortened_run_is_recorded_as_a_reduced_budget(tmp_path, monkeypatch, capsys):

@@ -26,6 +26,7 @@ from umeta_core.glyphs import (
     signed_distance,
     unpack,
 )
+from umeta_core.packs import cache_folder
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +36,11 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(cache):
-    return glyphs(cache, progress=False)
+    """From the reader's cache, if the book has drawn them."""
+    made = glyphs(cache_folder(), progress=False)
+    for path in cache_folder().glob("glyphs-*.npz"):
+        (cache / path.name).symlink_to(path)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +113,7 @@ def test_a_drawing_depends_on_its_character_and_the_seed_alone(sans):
 
 
 def test_remaking_gives_the_same_bytes(data, monkeypatch):
-    wanted = [0, 700, len(data["split"]) - 1]
+    wanted = [*range(0, len(data["split"]), 200), len(data["split"]) - 1]
     classes = [(code_points(data)[i], data["scripts"][i]) for i in wanted]
     monkeypatch.setattr(glyphs_module, "choose_classes", lambda faces: classes)
     again = make_glyphs(progress=False)

@@ -1,6 +1,7 @@
 """Conv-4 networks of many tasks as one computation, with every derivative written out.
 
-Three ideas make this room fast; none of them approximates anything.
+Three ideas make this room fast; none of them approximates anything. (On a GPU PyTorch lets every convolution round its
+factors to TF32; ``torch.backends.cudnn.allow_tf32 = False`` forbids it.)
 
 1. *All tasks in one tensor.* Task t owns channels ``[t*C, (t+1)*C)`` of a channels-last tensor
    ``[n, T*C, H, W]``. One grouped convolution then serves every task, and batch-norm statistics, which are

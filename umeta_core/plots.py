@@ -46,17 +46,14 @@ def _picture(image) -> dict:
     return {"X": pixels.clamp(0, 1).numpy(), "cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
 
 
-def contact_sheet(images, columns: int = 20, titles=None, scale: float = 0.4):
+def contact_sheet(images, columns: int = 20, scale: float = 0.4):
     """Many small images in rows: images ``[n, C, H, W]`` (uint8, or float in [0, 1]). Returns the figure."""
     rows = math.ceil(len(images) / columns)
-    tall = 1.6 if titles is not None else 1.0
-    figure, axes = plt.subplots(rows, columns, figsize=(columns * scale, rows * scale * tall), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * scale, rows * scale), squeeze=False)
     for number, ax in enumerate(axes.flat):
         ax.set_axis_off()
         if number < len(images):
             ax.imshow(**_picture(images[number]))
-            if titles is not None:
-                ax.set_title(titles[number], fontsize=7, pad=1)
     return figure
 
 
