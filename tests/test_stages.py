@@ -120,7 +120,9 @@ def test_a_row_on_clusters_shares_its_stages(folder, tmp_path):
     ]
     record = run_row(row, "smoke", folder=tmp_path, stages=folder)
     check_record(record)
-    assert record["embedding_fit"] == {"options": {"d": 200}, "epochs": 1, "batch": 128, "paper_epochs": 400, "seed": 0}
+    fit = record["embedding_fit"]
+    assert {run["device"] for run in fit.pop("made_by")} == {record["device"]}
+    assert fit == {"options": {"d": 200}, "epochs": 1, "batch": 128, "paper_epochs": 400, "seed": 0}
     assert record["protocol"]["partitions"] == 100 and record["steps"] == 3
     (file,) = stages.stage_files(row, "smoke", 0, folder)
     partitions = read(file)["partitions"]

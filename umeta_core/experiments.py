@@ -25,7 +25,7 @@ from .networks import MLP, Conv4
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
 from .rows import Row, embedding_plan
-from .stages import centroids, fit_embedding, make_partitions, shown
+from .stages import centroids, fit_embedding, fitted_by, make_partitions, shown
 from .training import train
 
 NOTEBOOKS = REPOSITORY / "notebooks" / "experiments"
@@ -165,7 +165,6 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
     at_once = {"max_images": 300} if row.dataset == "imagenet" else {}
     at_once = {"max_images": _at_once(source)} if row.inputs == "embeddings" else at_once
     cells = []
-    learner.eval()
     for way, shot in row.tests:
         task = {"way": way, "shot": shot, "query": _queries(row, shot, source), "tasks": row.test_tasks[scale]}
         if isinstance(learner, MAML):
@@ -277,14 +276,14 @@ def run_row(
         "seconds": round(history["seconds"], 1), "test_seconds": round(time.perf_counter() - started, 1),
         "history": _thinned(history), "validation": history.get("validation", []),
         "protocol": plain(row.protocol()), "notebook": notebook,
-        **embedding_record(row, scale), **origin,
+        **embedding_record(row, scale, stages), **origin,
     }  # fmt: skip
     write_record(record, folder)
     return record
 
 
-def embedding_record(row: Row, scale: str) -> dict:
-    """How the row's embedding was fitted, for the record."""
+def embedding_record(row: Row, scale: str, stages=None) -> dict:
+    """How the row's embedding was fitted, and by which code, for the record."""
     if not row.needs_embedding:
         return {}
     plan, name = row.plan, row.fitted or row.embedding
@@ -292,7 +291,7 @@ def embedding_record(row: Row, scale: str) -> dict:
         name = name.removeprefix(word)
     paper = embedding_plan(name, row.dataset).epochs["full"] if name != "features" else None
     return {"embedding_fit": {"options": plain(plan.options), "epochs": plan.epochs[scale], "batch": plan.batch,
-                              "paper_epochs": paper, "seed": 0}}  # fmt: skip
+                              "paper_epochs": paper, "seed": 0, "made_by": fitted_by(row, scale, stages)}}  # fmt: skip
 
 
 def plain(protocol: dict) -> dict:

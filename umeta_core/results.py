@@ -158,7 +158,7 @@ def provenance(device="cpu") -> dict:
     return {
         "commit": commit,
         "dirty": bool(changes) or commit is None,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
         "device": device_name(device),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

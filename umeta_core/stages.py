@@ -169,6 +169,12 @@ def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True
     return model
 
 
+def fitted_by(row: Row, scale: str, folder=None) -> list[dict]:
+    """Commit, device and versions of each process that worked on the fit of the row's embedding, if known."""
+    path = Path(f"{_stem(row.plan.weights_of or row.fitted or row.embedding, row.dataset, scale, folder)}.pt")
+    return read(path).get("made_by", []) if path.is_file() else []
+
+
 def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tensor:
     """The embedding ``[n, d]`` of a split, from its file if that exists.
 

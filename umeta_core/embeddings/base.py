@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..packs import atomic
-from ..training import NonFiniteLoss, versions
+from ..results import provenance
+from ..training import NonFiniteLoss
 
 
 class Embedding(nn.Module):
@@ -104,6 +105,7 @@ class _Fitting:
         model.opt = model.optimizers()
         self.epoch, self.at, self.order, self.sums = 0, 0, None, {}
         self.history = {"epoch": [], "seconds": 0.0}
+        self.made_by = [provenance(images.device)]  # one entry for each process that went on with the fit
         if self.checkpoint and self.checkpoint.exists():
             self.load()
         self.started, self.first, self.shown = time.monotonic(), self.done, time.monotonic()
@@ -147,7 +149,7 @@ class _Fitting:
         state = {
             "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.model.opt],
             "generator": self.generator.get_state(), "epoch": self.epoch, "at": self.at, "order": self.order,
-            "sums": self.sums, "history": self.history, "config": self.config, "versions": versions(),
+            "sums": self.sums, "history": self.history, "config": self.config, "made_by": self.made_by,
         }  # fmt: skip
         write_atomically(state, self.checkpoint)
 
@@ -165,6 +167,7 @@ class _Fitting:
         self.generator.set_state(state["generator"].cpu())
         self.epoch, self.at, self.sums, self.history = (state[k] for k in ("epoch", "at", "sums", "history"))
         device = self.images.device
+        self.made_by = state.get("made_by", []) + self.made_by
         self.order = None if state["order"] is None else state["order"].to(device)
         self.sums = {name: value.to(device) for name, value in self.sums.items()}
 
