@@ -83,18 +83,10 @@ def train(
         NonFiniteLoss: the loss is not finite; nothing is written from then on.
         ValueError: the checkpoint belongs to another run (the message names the fields that differ).
     """
-    run = _Run(
-        learner,
-        source,
-        dict(config or {}, tasks=tasks, way=way, shot=shot, query=query, clip=clip, seed=seed,
-             lr=lr(0) if callable(lr) else lr),  # fmt: skip
-        lr,
-        clip,
-        prepare,
-        seed,
-        device,
-        checkpoint,
-    )
+    fixed = dict(config or {}, tasks=tasks, way=way, shot=shot, query=query, clip=clip, seed=seed,
+                 lr=lr(0) if callable(lr) else lr)  # fmt: skip
+    run = _Run(learner, source, config=fixed, schedule=lr if callable(lr) else None, prepare=prepare, device=device,
+               checkpoint=checkpoint)  # fmt: skip
     if run.step > steps:
         raise ValueError(f"{checkpoint} is at step {run.step:,}, beyond the {steps:,} asked for; choose another file")
     report = _Report(run, steps, progress and run.rank == 0)
@@ -124,13 +116,13 @@ def train(
 class _Run:
     """The state of a run: everything that a checkpoint holds."""
 
-    def __init__(self, learner, source, config, lr, clip, prepare, seed, device, checkpoint):
-        self.learner, self.source, self.config, self.clip, self.prepare = learner, source, config, clip, prepare
+    def __init__(self, learner, source, *, config: dict, schedule, prepare, device, checkpoint):
+        self.learner, self.source, self.config, self.prepare = learner, source, config, prepare
         self.checkpoint = Path(checkpoint) if checkpoint else None
-        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.generator = torch.Generator(device=device).manual_seed(config["seed"])
         self.params = [p for p in learner.parameters() if p.requires_grad]
-        self.schedule = lr if callable(lr) else None
-        self.optimizer = torch.optim.Adam(self.params, lr=self.config["lr"])
+        self.schedule = schedule
+        self.optimizer = torch.optim.Adam(self.params, lr=config["lr"])
         self.step = 0
         self.history = {"step": [], "loss": [], "accuracy": [], "validation": [], "seconds": 0.0}
         self.recent: list[torch.Tensor] = []
@@ -153,8 +145,8 @@ class _Run:
             self.prepare(mean[0])
         elif mean.device.type == "cpu":
             self._check(mean)
-        if self.clip is not None:
-            nn.utils.clip_grad_value_(self.params, self.clip)
+        if self.config["clip"] is not None:
+            nn.utils.clip_grad_value_(self.params, self.config["clip"])
         if self.schedule:
             self.optimizer.param_groups[0]["lr"] = self.schedule(self.step)
         self.optimizer.step()
