@@ -141,7 +141,12 @@ def test_the_browser_checks_find_faults(tmp_path):
     page = tmp_path / "page.html"
     page.write_text(
         '<html><body><div style="width: 3000px">wide</div><span class="math">x</span>'
+        '<div class="math" id="eq-a" style="width: 500px">'
+        '<mjx-container><mjx-math style="display: block; width: 490px"></mjx-math></mjx-container>'
+        '<span class="eqno" style="position: absolute; left: 450px">(1)</span></div>'
         '<img src="http://cdn.example/a.png" alt="a"></body></html>'
     )
     faults = "\n".join(check_site.open_page(page, "light", 800, axe=None))
     assert "wider than the screen" in faults and "not drawn" in faults and "asks for http://cdn.example" in faults
+    assert "formula is wider" not in faults  # it scrolls on a phone
+    assert "formula is wider than the page: eq-a" in "\n".join(check_site.open_page(page, "light", 1200, axe=None))

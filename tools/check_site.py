@@ -103,6 +103,12 @@ def fetch_axe() -> Path | None:
 
 # Runs in the page when it has loaded and leaves its findings in the page, where --dump-dom shows them.
 PROBE = """
+// Whether a formula goes on under its own number or beyond its box; on a phone it scrolls.
+function covered(box) {
+  const edge = (box.querySelector(".eqno") ?? box).getBoundingClientRect();
+  const limit = box.querySelector(".eqno") ? edge.left : edge.right;
+  return [...box.querySelectorAll("mjx-math")].some(e => e.getBoundingClientRect().right > limit + 1);
+}
 window.addEventListener("load", async () => {
   document.documentElement.dataset.theme = "THEME";
   await (window.MathJax?.startup?.promise ?? Promise.resolve());
@@ -110,6 +116,7 @@ window.addEventListener("load", async () => {
     undrawn: document.querySelectorAll("span.math, div.math").length
       - [...document.querySelectorAll("span.math, div.math")].filter(e => e.querySelector("mjx-container")).length,
     faulty: [...document.querySelectorAll("mjx-merror")].map(e => e.textContent),
+    cut: innerWidth < 1000 ? [] : [...document.querySelectorAll("div.math")].filter(covered).map(e => e.id),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     outside: performance.getEntriesByType("resource").map(e => e.name).filter(name => /^https?:/.test(name)),
     axe: [],
@@ -135,7 +142,7 @@ def open_page(page: Path, theme: str, width: int, axe: Path | None) -> list[str]
     name = f"{page.name} ({theme}, {width} px)"
     try:
         for _ in range(3):  # the browser's virtual clock now and then runs out before the page's scripts end
-            report = re.search(r'<pre id="probe">(.*?)</pre>', dumped(copy, width), re.S)
+            report = re.search(r'<pre id="probe"[^>]*>(.*?)</pre>', dumped(copy, width), re.S)
             if report:
                 return [f"{name}: {fault}" for fault in faults(report[1])]
     finally:
@@ -163,6 +170,7 @@ def faults(report: str) -> list[str]:
     out = [f"asks for {address}" for address in found["outside"]]
     out += [f"formula error: {text}" for text in found["faulty"]]
     out += [f"axe: {text}" for text in found["axe"]]
+    out += [f"a formula is wider than the page: {label}" for label in found["cut"]]
     if found["undrawn"]:
         out.append(f"{found['undrawn']} formulas were not drawn")
     if found["overflow"] > 1:
