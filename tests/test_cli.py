@@ -95,7 +95,7 @@ def test_a_run_that_stopped_early_goes_on(tmp_path, capsys):
     chosen = rows.select_rows("cactus", None, "oracle-protonets", "glyphs")
     assert cli._print_plan(arguments, chosen, tmp_path) == [tmp_path / "cactus" / committed.name]
     said = capsys.readouterr().out
-    assert "goes on: the record has 10 steps" in said and "1 of 1 runs to do" in said
+    assert "again from the start: the record has 10 steps" in said and "1 of 1 runs to do" in said
     assert main([*plan, "--dry-run", "--results", str(results.results_folder())]) == 0
     assert "0 of 1 runs to do" in capsys.readouterr().out
 

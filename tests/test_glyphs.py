@@ -39,7 +39,7 @@ def data(cache):
     """From the reader's cache, if the book has drawn them."""
     made = glyphs(cache_folder(), progress=False)
     for path in cache_folder().glob("glyphs-*.npz"):
-        (cache / path.name).symlink_to(path)
+        (cache / path.name).symlink_to(path.resolve())
     return made
 
 

@@ -51,6 +51,24 @@ def test_plans_build_embeddings_of_the_published_width():
         assert dataset == "glyphs" or width == widths.get(name.split()[-1] if plan.deviation else name, usual)
 
 
+def test_views_of_an_embedding_share_its_weights(tmp_path, monkeypatch):
+    """The multi-view features go on from the checkpoint of the center crop's, whose options are others."""
+    fits = []
+    monkeypatch.setattr(stages, "build_embedding", lambda plan, *_, **__: Recorded())
+    monkeypatch.setattr(stages, "images_of", lambda *_: load("glyphs", "val"))
+
+    class Recorded:
+        def to(self, device):
+            return self
+
+        def fit(self, images, **options):
+            fits.append((options["checkpoint"], self.options))
+
+    for slug in ("leo-1shot", "leo-multi-view-1shot"):
+        stages.fit_embedding(find_row(slug), "smoke", folder=tmp_path)
+    assert fits[0] == fits[1]
+
+
 def test_leo_learns_on_features_and_stops_early(folder, tmp_path):
     row = find_row("leo-1shot", "glyphs")
     record = run_row(row, "smoke", folder=tmp_path, stages=folder)

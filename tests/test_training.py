@@ -14,6 +14,7 @@ from umeta_core.episodes import PartitionTasks
 from umeta_core.evaluation import evaluate
 from umeta_core.maml import MAML
 from umeta_core.networks import Conv4
+from umeta_core.packs import alone
 from umeta_core.protonets import ProtoNet
 from umeta_core.training import NonFiniteLoss, read_checkpoint, train
 
@@ -235,7 +236,7 @@ def test_validation_enters_the_history():
 
 
 TWO = """
-import sys, torch
+import os, sys, torch
 sys.path[:0] = {paths!r}
 from test_training import TASK, learner, source
 from umeta_core.training import train
@@ -246,6 +247,9 @@ class Double:
         e = self.inner.sample(*a); e.support, e.query = e.support.double(), e.query.double(); return e
 m = learner()
 h = train(m, Double(), steps=3, checkpoint=sys.argv[1], **TASK)
+p = learner("protonets")
+train(p, Double(), steps=2, **TASK)
+torch.save(list(p.buffers()), sys.argv[1] + ".rank" + os.environ.get("RANK", ""))
 """
 
 
@@ -272,6 +276,8 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(two["optimizer"]["state"][name]["exp_avg"], value["exp_avg"], rtol=1e-6, atol=1e-12)
     for name, value in one["learner"].items():
         torch.testing.assert_close(two["learner"][name], value, rtol=1e-6, atol=1e-9)
+    averages = [torch.load(tmp_path / f"two.pt.rank{rank}") for rank in range(2)]  # of batch norm, each of its share
+    torch.testing.assert_close(*averages, rtol=0, atol=0)
     torch.testing.assert_close(one["history"]["loss"], two["history"]["loss"], rtol=1e-6, atol=0)
 
 
@@ -295,12 +301,24 @@ from umeta_core.packs import alone
 path = Path(sys.argv[1])
 with alone(path):
     if not path.exists():
-        time.sleep(1)
-        path.write_text(sys.argv[2])
+        print("made", flush=True)
+        path.touch()
 """
     path = tmp_path / "stage.pt"
-    both = [subprocess.Popen([sys.executable, "-c", code, str(path), str(n)], stderr=subprocess.PIPE, text=True)
-            for n in range(2)]  # fmt: skip
-    said = [process.communicate(timeout=60)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0] and path.read_text() in ("0", "1")
-    assert sum("waiting for another process" in text for text in said) <= 1
+    with alone(path):
+        both = [subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True) for _ in range(2)]  # fmt: skip
+        assert all("waiting for another process" in process.stderr.readline() for process in both)
+        assert not path.exists()
+    assert sorted(process.communicate(timeout=60)[0] for process in both) == ["", "made\n"]
+
+
+def test_a_finished_file_needs_no_lock(tmp_path):
+    """As in a folder that cannot be written to: here a folder is in the lock's place."""
+    for name in "ab":
+        (tmp_path / f".{name}.pt.lock").mkdir()
+    (tmp_path / "a.pt").touch()
+    with alone(tmp_path / "a.pt"):
+        pass
+    with pytest.raises(IsADirectoryError), alone(tmp_path / "b.pt"):
+        pass

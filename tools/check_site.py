@@ -116,7 +116,8 @@ window.addEventListener("load", async () => {
     undrawn: document.querySelectorAll("span.math, div.math").length
       - [...document.querySelectorAll("span.math, div.math")].filter(e => e.querySelector("mjx-container")).length,
     faulty: [...document.querySelectorAll("mjx-merror")].map(e => e.textContent),
-    cut: innerWidth < 1000 ? [] : [...document.querySelectorAll("div.math")].filter(covered).map(e => e.id),
+    cut: innerWidth < 1000 ? [] : [...document.querySelectorAll("div.math")].filter(covered)
+      .map(e => e.id || "in " + e.closest("section")?.id),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     outside: performance.getEntriesByType("resource").map(e => e.name).filter(name => /^https?:/.test(name)),
     axe: [],

@@ -320,8 +320,10 @@ def _print_plan(arguments, rows, folder: Path) -> list[Path]:
             done = record.exists() and ran >= steps and not arguments.force
             todo += [] if done else [seconds]
             state = "done" if done else _duration(seconds)
-            if record.exists() and ran < steps:
-                state += f", goes on: the record has {ran:,} steps"
+            if record.exists() and ran < steps and not arguments.force:
+                checkpoint = arguments.runs / row.paper / f"{row.slug}-{arguments.scale}-seed{seed}.pt"
+                again = "goes on" if checkpoint.exists() else "again from the start"
+                state += f", {again}: the record has {ran:,} steps"
                 shortened.append(record)
             print(f"{row.slug:{width}}  {arguments.scale:6} seed {seed}  {steps:>7,} steps  {state}")
     total = None if None in todo else sum(todo)
@@ -357,7 +359,7 @@ def _snakemake(arguments, slugs: list[str], folder: Path, again: list[Path]) -> 
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(runs),
         "--cores", str(arguments.cores), "--resources", f"gpu={arguments.gpus}", "--rerun-triggers", "mtime",
-        "--rerun-incomplete", "--nolock", "--keep-going", "--quiet", "rules", "--config",
+        "--rerun-incomplete", "--keep-incomplete", "--nolock", "--keep-going", "--quiet", "rules", "--config",
         *(f"{key}={value}" for key, value in config.items() if value is not None),
     ]  # fmt: skip
     command += ["--profile", arguments.profile] if arguments.profile else []

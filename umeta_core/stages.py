@@ -21,7 +21,7 @@ from .embeddings.base import Embedding, read, write_atomically
 from .embeddings.deepcluster import pca_whitening
 from .packs import alone, cache_folder
 from .pickles import read_embeddings
-from .rows import EmbeddingPlan, Row
+from .rows import EmbeddingPlan, Row, embedding_plan
 from .speed import tune_cpu
 
 
@@ -160,7 +160,7 @@ def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True
     path = Path(f"{_stem(plan.weights_of or row.fitted or row.embedding, row.dataset, scale, folder)}.pt")
     data = images_of(row, "train", device)
     model = build_embedding(plan, *data.images.shape[1:3], path=path).to(device)
-    model.options = plan.options
+    model.options = embedding_plan(plan.weights_of, row.dataset).options if plan.weights_of else plan.options
     every = max(1, len(data) // 2000) if scale == "smoke" else 1
     labels = {"labels": data.labels[::every]} if plan.kind == "supervised" else {}
     with alone(path):
