@@ -55,10 +55,10 @@ class InnerLoops:
             return Decoded(z, mean, None)
         offset = (2 / (self.model.features + z.shape[1])) ** 0.5
         e = (z @ self.to_s).exp_()
-        epsilon = torch.empty_like(e).normal_(generator=self.noise).div_(z.shape[2])
-        above = e > 1 - offset + 1e-10
-        w = mean + (e - (1 - offset)).clamp_min_(1e-10).mul_(epsilon).sum(2)
-        return Decoded(z, w, e.mul_(epsilon).mul_(above))
+        epsilon = torch.empty_like(e).normal_(std=1 / z.shape[2], generator=self.noise)
+        difference = e - (1 - offset)
+        kappa = torch.ops.aten.threshold_backward(e.mul_(epsilon), difference, 1e-10)  # 0 where the bound holds
+        return Decoded(z, mean + difference.clamp_min_(1e-10).mul_(epsilon).sum(2), kappa)
 
     def gradient(self, w: Tensor):
         """Of the support loss for w ``[T, N, d]``; the features after dropout and the probabilities ``[T, NK, N]``."""

@@ -101,9 +101,9 @@ class LEO(nn.Module):
         way, shot = support.shape[1:3]
         e = (self._drop(support, noise) @ self.encoder).flatten(1, 2)
         left, right = e @ first[: self.latent], e @ first[self.latent :]
-        pairs = torch.relu(left.unsqueeze(2) + right.unsqueeze(1))  # [T, NK, NK, 128]
-        pairs = torch.relu(pairs @ second)
-        statistics = pairs.mean(2).unflatten(1, (way, shot)).mean(2) @ last
+        pairs = (left.unsqueeze(2) + right.unsqueeze(1)).relu_()  # [T, NK, NK, 128]
+        pairs = (pairs @ second).relu_().unflatten(1, (way, shot))
+        statistics = pairs.sum((2, 3)) / (shot * e.shape[1]) @ last
         mean, s = statistics.split(self.latent, -1)
         return mean, deviation(s)
 
@@ -287,8 +287,9 @@ def keep_mask(x: Tensor, keep: float, noise: torch.Generator) -> Tensor:
     """
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=noise)
     threshold = round(keep * 2**16) - 2**15
-    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) < threshold
-    return kept.to(x.dtype).mul_(1 / keep)
+    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    # Written into floats at once: a tensor of bools costs ten times as much.
+    return torch.lt(bits, threshold, out=torch.empty_like(bits, dtype=x.dtype)).mul_(1 / keep)
 
 
 def _normal(like: Tensor, noise: torch.Generator) -> Tensor:
