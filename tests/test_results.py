@@ -142,6 +142,16 @@ def test_compare_takes_the_largest_run(tmp_path):
     assert (number(tmp_path)["ours"], number(tmp_path)["verdict"]) == (91.0, "lower")
 
 
+def test_early_stopping_is_no_smaller_budget(tmp_path):
+    write_record(record(seed=0, steps=12_000, stopped_early=True, accuracy=98.0), folder=tmp_path)
+    write_record(record(seed=1, steps=9_000, stopped_early=True, accuracy=98.4), folder=tmp_path)
+    write_record(record(seed=2, steps=20_000, accuracy=90.0), folder=tmp_path)  # merely shortened
+    row = number(tmp_path)
+    assert row["seeds"] == [0, 1] and row["ours"] == pytest.approx(98.2)
+    assert (row["steps"], row["budget"], row["verdict"]) == (9_000, 30_000, "reproduced")
+    assert "stopped early, 9,000 of 30,000 steps" in table_markdown("cactus", "8", folder=tmp_path)
+
+
 def test_main_text_tables_join_with_fewer_settings(tmp_path):
     method = "CACTUs-MAML"
     write_record(record(row="cactus-maml", method=method, embedding="ACAI", variant="d=256;P=100;k=500"), tmp_path)

@@ -72,6 +72,17 @@ def test_the_best_weights_are_kept_also_over_a_resume(tmp_path):
     assert not torch.equal(seen[1]["network.weights.0"], seen[3]["network.weights.0"])
 
 
+def test_training_stops_after_its_patience_and_a_resume_trains_no_further(tmp_path):
+    values = iter([1.0, 2.0, 3.0, 2.5, 3.0, 9.0])
+    more = dict(validate=lambda model: next(values), validate_every=2, keep_best=True, patience=2)
+    first, again = learner(), learner(seed=9)
+    history = train(first, source(), steps=100, checkpoint=tmp_path / "r.pt", **more, **TASK)
+    assert history["stopped"] == 10 and [value for _, value in history["validation"]] == [1.0, 2.0, 3.0, 2.5, 3.0]
+    assert train(again, source(), steps=100, checkpoint=tmp_path / "r.pt", **more, **TASK) == history
+    assert same(first, again) and next(values) == 9.0, "neither run validated again"
+    assert "stopped" not in train(learner(), source(), steps=4, **more | {"validate": lambda model: 0.0}, **TASK)
+
+
 @pytest.mark.parametrize("kind", ["maml", "protonets"])
 def test_interrupted_run_resumes_bit_identically(kind, tmp_path):
     whole, part = learner(kind), learner(kind)

@@ -217,14 +217,15 @@ def _train(arguments) -> None:
     if row.learner in BASELINES:
         raise ValueError(f"{row.slug} trains nothing: umeta reproduce {row.paper} --rows {row.slug} tunes and tests it")
     old = results.record_path(row.paper, row.slug, arguments.scale, arguments.seed)
-    if arguments.record and old.exists() and results.read_record(old)["steps"] > row.budget(arguments.scale):
+    if arguments.record and old.exists() and results.budget(results.read_record(old)) > row.budget(arguments.scale):
         raise ValueError(f"{old} is of more than {row.budget(arguments.scale):,} steps; move it away first")
     if arguments.record and first:
         record = run_row(row, arguments.scale, arguments.seed, arguments.device, checkpoint=arguments.checkpoint)
         _print_cells(record["cells"])
         return
     learner, history = train_row(row, arguments.scale, arguments.seed, arguments.device, arguments.checkpoint)
-    print(f"{row.slug}: {row.budget(arguments.scale):,} steps in {history['seconds']:.0f} s")
+    steps = history.get("stopped", row.budget(arguments.scale))
+    print(f"{row.slug}: {steps:,} steps in {history['seconds']:.0f} s")
     if first:
         _print_tests(row, learner, arguments)
 
@@ -316,7 +317,8 @@ def _print_plan(arguments, rows, folder: Path) -> list[Path]:
         seconds = expected_seconds(row, arguments.scale, arguments.device)
         for seed in arguments.seeds:
             record = results.record_path(row.paper, row.slug, arguments.scale, seed, folder)
-            ran, steps = results.read_record(record)["steps"] if record.exists() else 0, row.budget(arguments.scale)
+            ran = results.budget(results.read_record(record)) if record.exists() else 0
+            steps = row.budget(arguments.scale)
             done = record.exists() and ran >= steps and not arguments.force
             todo += [] if done else [seconds]
             state = "done" if done else _duration(seconds)

@@ -153,7 +153,8 @@ def early_stopping(row: Row, scale: str, seed: int, device="cpu", stages=None) -
         at_once = {"max_images": _at_once(source)} if row.inputs == "embeddings" else {}
         return evaluate(learner, source, **at_once, **task).mean
 
-    return {"validate": validate, "validate_every": min(plan["every"], -(-row.budget(scale) // 5)), "keep_best": True}
+    return {"validate": validate, "validate_every": min(plan["every"], -(-row.budget(scale) // 5)), "keep_best": True,
+            "patience": plan.get("patience")}  # fmt: skip
 
 
 def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None) -> list[dict]:
@@ -271,7 +272,8 @@ def run_row(
         cells = measure(row, learner, scale, seed, device, stages)
     record = {
         "paper": row.paper, "table": row.table, "row": row.slug, "method": row.method, "embedding": row.embedding,
-        "variant": row.variant, "dataset": row.dataset, "scale": scale, "seed": seed, "steps": row.budget(scale),
+        "variant": row.variant, "dataset": row.dataset, "scale": scale, "seed": seed,
+        "steps": history.get("stopped", row.budget(scale)), "stopped_early": "stopped" in history,
         "paper_steps": row.steps["full"], "tasks_per_step": row.tasks, "deviation": row.departs, "cells": cells,
         "seconds": round(history["seconds"], 1), "test_seconds": round(time.perf_counter() - started, 1),
         "history": _thinned(history), "validation": history.get("validation", []),

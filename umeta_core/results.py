@@ -231,16 +231,21 @@ def _settings(variant: str) -> set:
 
 
 def is_reduced(record: dict) -> bool:
-    """Whether a run was smaller than the paper's: a smaller scale, fewer steps, or a departure stated in the row."""
-    return record["scale"] != "full" or record["steps"] < record["paper_steps"] or bool(record.get("deviation"))
+    """Whether a run was smaller than the paper's: a smaller scale, a smaller budget, or a departure that is stated."""
+    return record["scale"] != "full" or budget(record) < record["paper_steps"] or bool(record.get("deviation"))
+
+
+def budget(record: dict) -> int:
+    """The steps that a run was given: those it made, or, if early stopping ended it, all that the row has."""
+    return record["paper_steps"] if record.get("stopped_early") else record["steps"]
 
 
 def compare(paper: str, table=None, dataset: str | None = None, folder=None) -> list[dict]:
     """Join every published number of a table with our records.
 
     Returns one dict per number with ``paper, paper_ci, ours, ci95, spread, difference, verdict``, the settings of the
-    number, and ``seeds, scale, steps, paper_steps, deviation, files`` of the records behind ``ours`` (the mean over
-    seeds). Where several runs measure the same number the largest counts. What we ran and the paper lacks follows,
+    number, and ``seeds, scale, steps, budget, paper_steps, deviation, files`` of the records behind ``ours`` (the mean
+    over seeds). Where several runs measure the same number the largest counts. What we ran and the paper lacks follows,
     without a published value. ``dataset`` keeps one dataset by our name; it may be one that the paper does not have.
 
     Raises ValueError, naming the tables there are, for an unknown table.
@@ -272,7 +277,7 @@ def _compared(number: dict, records: list[dict]) -> dict:
     settings = ("table", "dataset", "method", "embedding", "variant", "way", "shot", "metric", "notes")
     row = {name: number[name] for name in settings}
     row.update(paper=number["value"], paper_ci=number["ci"], ours=None, ci95=None, spread=None, difference=None)
-    row.update(seeds=[], scale=None, steps=None, paper_steps=None, deviation="", files=[])
+    row.update(seeds=[], scale=None, steps=None, budget=None, paper_steps=None, deviation="", files=[])
     runs = _largest_run(number, records)
     if runs:
         cells = [cell for _, cell in runs]
@@ -284,7 +289,7 @@ def _compared(number: dict, records: list[dict]) -> dict:
             row["difference"] = row["ours"] - row["paper"]
         row.update(seeds=[record["seed"] for record, _ in runs], files=[record["file"] for record, _ in runs])
         row.update(scale=first["scale"], steps=min(record["steps"] for record, _ in runs))
-        row.update(paper_steps=first["paper_steps"], deviation=first.get("deviation", ""))
+        row.update(budget=budget(first), paper_steps=first["paper_steps"], deviation=first.get("deviation", ""))
     reduced = any(is_reduced(record) for record, _ in runs)
     row["verdict"] = verdict(row["paper"], row["paper_ci"], row["ours"], row["ci95"], row["spread"], reduced)
     return row
@@ -297,7 +302,7 @@ def _largest_run(number: dict, records: list[dict]) -> list[tuple[dict, dict]]:
         if number["metric"] == "accuracy" and matches(number, record):
             for cell in record["cells"]:
                 if (cell["way"], cell["shot"]) == (number["way"], number["shot"]):
-                    size = (SCALES.index(record["scale"]), not record.get("deviation"), record["steps"])
+                    size = (SCALES.index(record["scale"]), not record.get("deviation"), budget(record))
                     runs.setdefault((*size, record["row"]), []).append((record, cell))
     return runs[max(runs)] if runs else []
 
@@ -323,7 +328,8 @@ def _cells(row: dict) -> tuple:
     if row["scale"] not in (None, "full"):
         verdict_text += f" ({row['scale']})"
     if row["ours"] is not None and row["steps"] < row["paper_steps"]:
-        verdict_text += f"; {row['steps']:,} of {row['paper_steps']:,} steps"
+        early = "stopped early, " if row["budget"] == row["paper_steps"] else ""
+        verdict_text += f"; {early}{row['steps']:,} of {row['paper_steps']:,} steps"
     if row["deviation"]:
         verdict_text += f"; {row['deviation']}"
     if len(row["seeds"]) > 1:

@@ -50,6 +50,7 @@ def train(
     validate: Callable[[nn.Module], float] | None = None,
     validate_every: int = 0,
     keep_best: bool = False,
+    patience: int | None = None,
     log_every: int = 100,
     config: dict | None = None,
     progress: bool = True,
@@ -68,7 +69,8 @@ def train(
         checkpoint: file to resume from if it exists and to write every `save_every` seconds and at the end. A resumed
             run continues bit-identically on the CPU, of one process if the source has a state of its own.
         validate: called every `validate_every` steps; its value goes into the history. keep_best: at the end the
-            learner has the weights of the highest value, not the last ones (early stopping).
+            learner has the weights of the highest value, not the last ones. patience: early stopping, once so many
+            values in a row were no new highest; the history then says after how many steps, as "stopped".
         config: what else must agree for a checkpoint to fit, for example the network's size.
 
     Under ``torchrun`` each process takes its share of every batch of tasks, gradients are averaged over all tasks that
@@ -92,7 +94,7 @@ def train(
     report = _Report(run, steps, progress and run.rank == 0)
     saved = time.monotonic()
     learner.train()
-    while run.step < steps:
+    while run.step < steps and not run.is_stale(patience):
         started = time.perf_counter()
         run.one_step(tasks, way, shot, query)
         if logged := run.step % log_every == 0 or run.step == steps:
@@ -104,10 +106,12 @@ def train(
             run.history["validation"].append([run.step, validate(learner)])
             if keep_best and run.is_best():
                 run.best = copy.deepcopy(learner.state_dict())
-        if checkpoint and (time.monotonic() - saved > save_every or run.step == steps):
+        if checkpoint and (time.monotonic() - saved > save_every or run.step == steps or run.is_stale(patience)):
             run.save()
             saved = time.monotonic()
     report.close()
+    if run.step < steps:
+        run.history["stopped"] = run.step
     if run.best is not None:
         learner.load_state_dict(run.best)
     return run.history
@@ -156,6 +160,11 @@ class _Run:
         """Whether the last validation is above all before."""
         *before, last = (value for _, value in self.history["validation"])
         return not before or last > max(before)
+
+    def is_stale(self, patience: int | None) -> bool:
+        """Whether the last `patience` validations brought no new best."""
+        values = [value for _, value in self.history["validation"]]
+        return patience is not None and len(values) - patience > values.index(max(values)) if values else False
 
     def _share(self, episodes: Episodes) -> Episodes:
         if self.world == 1:

@@ -25,7 +25,8 @@ class Row:
     `lr` and `clip` are those of meta-training; `tests` are (way, shot) pairs, each measured on `test_tasks` tasks of
     `test_query` queries per class (None: all other images of the class). `train_splits` are meta-trained on.
     `validation` asks for early stopping: "every" so many steps on "tasks" tasks of the validation classes with "query"
-    queries per class, of the "way" and "shot" of training if it does not name others.
+    queries per class, of the "way" and "shot" of training if it does not name others. The best weights are kept, and
+    training ends after "patience" validations without a new best, if that is named.
 
     `readings` are other ways to test the same trained learner, by name, each as attributes of the learner; they are
     measured in the first two tests.

@@ -93,10 +93,14 @@ _BEST_TRIAL = {"leo": 5, "maml": 7}
 
 
 def _small(row: Row) -> Row:
-    """The same on features of a network that two processor cores can train, with the hyper-parameters found there."""
+    """The same on features of a network that two processor cores can train, with the hyper-parameters found there.
+
+    A run of up to 100,000 steps ends once ten validations in a row, 10,000 steps, brought nothing better.
+    """
     row = replace(row, slug=f"{row.slug}-small", fitted="small features")
     if not row.trained:
         return row
+    row = replace(row, validation=row.validation | {"patience": 10})
     found = replace(row, search=_ranges(row)).configuration(_BEST_TRIAL[row.learner])
     return replace(found, search={})
 
