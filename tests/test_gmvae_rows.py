@@ -45,6 +45,8 @@ def test_a_model_is_trained_selected_and_read_in_four_ways(tmp_path):
     for cell in record["cells"]:
         assert 0 < cell["accuracy"] < 100
         assert set(cell["readings"]) == {"diagonal E-step", "identity covariance", "inductive"}
+        for reading in cell["readings"].values():
+            assert abs(reading["accuracy"] - cell["accuracy"] - reading["difference"]) < 1e-3, "on the same tasks"
     model = untrained(row, 0)
     assert (model.covariance, model.e_step, model.inference) == ("diagonal", "identity", "transductive")
 

@@ -489,6 +489,18 @@ def test_prediction_on_images_uses_running_averages_and_leaves_no_trace():
         torch.testing.assert_close(logits[t], literal_prediction(model, test, t))
 
 
+def test_images_may_be_encoded_once_before_the_tasks():
+    """A test image is in many tasks; batch norm on averages sees it alone, so its features are always the same."""
+    model, data = image_model().float(), drawings()
+    features = model.embed(data.images, chunk=7)
+    assert model.training
+    results = [evaluate(model, PartitionTasks(data, None, h), way=5, shot=1, query=3, tasks=6).accuracies
+               for h in (None, features)]  # fmt: skip
+    torch.testing.assert_close(*results)
+    one = model.eval().features(data.images[3:4, None].float().div(255))[0]
+    torch.testing.assert_close(features[3:4], one)
+
+
 def test_unlearned_weights_and_any_way():
     """The way at test time need not be the number of components in training; mixing weights are uniform there."""
     model = feature_model(components=3)

@@ -16,7 +16,7 @@ from .augmentation import AugmentedTasks, auto_augment, umtra_drawings
 from .baselines import ClusterMatching, LinearClassifier, MLPClassifier, NearestMean, NearestNeighbors, Ridge, tune
 from .data import ImageSet, join
 from .episodes import MixedTasks, PartitionTasks
-from .evaluation import evaluate, evaluate_curve
+from .evaluation import Evaluation, evaluate, evaluate_curve
 from .latent_tasks import LatentTasks
 from .leo import LEO
 from .maml import MAML
@@ -150,8 +150,9 @@ def early_stopping(row: Row, scale: str, seed: int, device="cpu", stages=None) -
             "tasks": tasks, "seed": seed + 1}  # fmt: skip
 
     def validate(learner) -> float:
-        at_once = {"max_images": _at_once(source)} if row.inputs == "embeddings" else {}
-        return evaluate(learner, source, **at_once, **task).mean
+        seen = _seen_once(learner, source)
+        at_once = {"max_images": _at_once(seen)} if seen.features is not None else {}
+        return evaluate(learner, seen, **at_once, **task).mean
 
     return {"validate": validate, "validate_every": min(plan["every"], -(-row.budget(scale) // 5)), "keep_best": True,
             "patience": plan.get("patience")}  # fmt: skip
@@ -162,9 +163,9 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
 
     The test tasks are drawn from `seed`, so all rows of one seed meet the same tasks and seeds are independent.
     """
-    source = testing_tasks(row, scale, row.test_split, device, stages)
+    source = _seen_once(learner, testing_tasks(row, scale, row.test_split, device, stages))
     at_once = {"max_images": 300} if row.dataset == "imagenet" else {}
-    at_once = {"max_images": _at_once(source)} if row.inputs == "embeddings" else at_once
+    at_once = {"max_images": _at_once(source)} if source.features is not None else at_once
     cells = []
     for way, shot in row.tests:
         task = {"way": way, "shot": shot, "query": _queries(row, shot, source), "tasks": row.test_tasks[scale]}
@@ -176,21 +177,35 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
         else:
             result, more = evaluate(learner, source, seed=seed, **task, **at_once), {}
         if row.readings and (way, shot) in row.tests[:2]:
-            more["readings"] = {name: _reading(learner, changes, source, seed=seed, **task, **at_once)
+            more["readings"] = {name: _reading(learner, changes, source, result, seed=seed, **task, **at_once)
                                 for name, changes in row.readings.items()}  # fmt: skip
         cells.append(_cell(task, result) | more)
     return cells
 
 
-def _reading(learner, changes: dict, source, **task) -> dict:
-    """The test with some attributes of the learner changed, which are put back."""
+def _reading(learner, changes: dict, source, first, *, tasks: int, **task) -> dict:
+    """The test with some attributes of the learner changed, which are put back; and task by task how it differs.
+
+    The tasks are those of the `first` test, or the first of them if `changes` name fewer "tasks".
+    """
+    changes = dict(changes)
+    tasks = min(tasks, changes.pop("tasks", tasks))
     before = {name: getattr(learner, name) for name in changes}
     try:
         vars(learner).update(changes)
-        result = evaluate(learner, source, **task)
+        result = evaluate(learner, source, tasks=tasks, **task)
     finally:
         vars(learner).update(before)
-    return {"accuracy": round(result.mean, 4), "ci95": round(result.ci95, 4)}
+    gap = Evaluation(result.accuracies - first.accuracies[:tasks])
+    return {"tasks": tasks, "accuracy": round(result.mean, 4), "ci95": round(result.ci95, 4),
+            "difference": round(gap.mean, 4), "difference_ci95": round(gap.ci95, 4)}  # fmt: skip
+
+
+def _seen_once(learner, source):
+    """Tasks of features in place of images, for a learner that sees every image alone: each is encoded once."""
+    if not isinstance(learner, MetaGMVAE) or learner.encoder is None:
+        return source
+    return PartitionTasks(source.images, None, learner.embed(source.images.images))
 
 
 def _at_once(source) -> int:

@@ -321,10 +321,22 @@ class MetaGMVAE(nn.Module):
     # Posterior and prior ---------------------------------------------------------------------------------------------
 
     def features(self, x: Tensor) -> Tensor:
-        """f(x), ``[T, M, features]``, of each image ``[T, M, C, H, W]`` alone, batch norm in training aside."""
-        if self.encoder is None:
+        """f(x), ``[T, M, features]``, of each image ``[T, M, C, H, W]`` alone, batch norm in training aside.
+
+        What is features already passes as it is.
+        """
+        if self.encoder is None or x.dim() == 3:
             return x
         return self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, chunk=1000) -> Tensor:
+        """f(x), ``[n, features]``, of uint8 images ``[n, C, H, W]``, on running averages; `predict` takes them, too."""
+        was, device = self.training, next(self.parameters()).device
+        self.eval()
+        h = torch.cat([self.encoder(x.to(device).float().div_(255)) for x in images.split(chunk)])
+        self.train(was)
+        return h
 
     def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | x, D), ``[T, M, d]`` each, given features ``[T, M, features]`` (eq. 5).

@@ -28,8 +28,8 @@ class Row:
     queries per class, of the "way" and "shot" of training if it does not name others. The best weights are kept, and
     training ends after "patience" validations without a new best, if that is named.
 
-    `readings` are other ways to test the same trained learner, by name, each as attributes of the learner; they are
-    measured in the first two tests.
+    `readings` are other ways to test the same trained learner, by name, each as attributes of the learner, and "tasks"
+    if these are to be fewer; they are measured in the first two tests.
 
     `search` makes the row a random search: the seed draws a configuration (see `configuration`), which is trained and
     then measured on the validation classes, so that a record is a trial. It maps "lr" or an option's name to (kind,
