@@ -333,7 +333,7 @@ def expected_seconds(row: Row, scale: str, device="cpu") -> float:
     if row.learner == "gmvae":  # one thread: mostly decoding, per decoded image or vector; a test, per image
         decoded = row.tasks * row.shot * row.options.get("decoded", row.options["samples"])
         training = row.budget(scale) * decoded * (3e-4 if row.inputs == "images" else 3e-5)
-        test = row.test_tasks[scale] * 1e-3 * sum(way * (shot + row.test_query) for way, shot in row.tests)
+        test = row.test_tasks[scale] * 4e-4 * sum(way * (shot + row.test_query) for way, shot in row.tests)
         return 15 + (training + test) / (100 if torch.device(device).type == "cuda" else 1)
     size = "large" if row.dataset in ("mini_imagenet", "celeba", "imagenet") else "small"
     per_way, per_image = _RATES[row.learner, torch.device(device).type, size]

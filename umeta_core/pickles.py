@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,18 @@ def read_pickle(path: str | Path):
     """The content of a pickle of numbers, strings, lists, tuples, dicts and NumPy arrays.
 
     A pickle is a program: the usual reader runs whatever it names. This one knows nothing but the names with which
-    arrays are rebuilt. Strings of Python 2 are read as latin1.
+    arrays are rebuilt, and rebuilds them itself: NumPy's own functions believe what a pickle says of memory. Strings of
+    Python 2 are read as latin1.
 
     Raises:
         ValueError: the pickle names anything else (which is not run), or is damaged.
     """
     with open(path, "rb") as file:
         try:
-            return _Harmless(file, encoding="latin1").load()
+            return _with_arrays(_Harmless(file, encoding="latin1").load())
         except _Refused as error:
-            raise ValueError(f"{path} asks to run {error}, which no pickle of arrays does: get it from its authors; "
-                             "it may be malicious") from None
+            raise ValueError(f"{path} asks for {error}, which no pickle of numbers and strings does: get it from its "
+                             "authors; it may be malicious") from None
         except (MemoryError, OSError):
             raise
         except Exception as error:  # a damaged pickle may fail in any way
@@ -47,7 +49,12 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, Tensor, list[str], list[s
     content = read_pickle(path)
     if not isinstance(content, dict) or not {"embeddings", "keys"} <= content.keys():
         raise ValueError(f"{path} is not a dict of 'embeddings' and 'keys': use one of the files *_embeddings.pkl")
-    vectors = torch.from_numpy(np.array(content["embeddings"], np.float32))
+    try:
+        vectors = torch.from_numpy(np.array(content["embeddings"], np.float32))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} has embeddings that are not numbers: get it again") from None
+    if not torch.isfinite(vectors).all():
+        raise ValueError(f"{path} has embeddings that are not finite: get it again")
     keys = [key.decode("latin1") if isinstance(key, bytes) else str(key) for key in content["keys"]]
     if vectors.ndim != 2 or len(vectors) != len(keys):
         raise ValueError(f"{path} has embeddings of shape {tuple(vectors.shape)} and {len(keys)} keys; "
@@ -62,7 +69,7 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, Tensor, list[str], list[s
 
 
 class _Refused(Exception):
-    """The name of what a pickle wants to have run."""
+    """What a pickle asks for and does not get."""
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -72,15 +79,72 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# What NumPy calls its `core` depends on its version, so its three functions are asked for, not imported.
-_MAKERS = {
-    "multiarray": (np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]),  # _reconstruct, scalar
-    "numeric": (np.zeros(0).__reduce_ex__(5)[0],),  # _frombuffer
-}
+def _no_bytes() -> bytes:
+    """How protocol 2 writes an empty string of bytes."""
+    return b""
+
+
+class _Type:
+    """Stands for ``numpy.dtype``: numbers, strings, or objects, without fields."""
+
+    def __init__(self, name, align=False, copy=True):
+        if not isinstance(name, str) or not re.fullmatch(r"[biufSUO]\d*", name):
+            raise _Refused(f"arrays of type {name!r}")
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state):
+        _, order, *fields = state
+        if any(field is not None for field in fields[:3]):
+            raise _Refused("arrays with fields")
+        self.order = order if order in ("<", ">") else "="
+
+    def array(self, data, shape, order="C") -> np.ndarray:
+        if self.name[0] != "O":
+            data = data.encode("latin1") if isinstance(data, str) else data
+            return np.frombuffer(data, self.order + self.name).reshape(shape, order=order).copy()
+        if not isinstance(data, list) or not all(isinstance(value, (str, bytes)) for value in data):
+            raise _Refused("arrays of objects that are not strings")
+        flat = np.empty(len(data), object)
+        flat[:] = data
+        return flat.reshape(shape, order=order)
+
+
+class _Array:
+    """Stands for an array, which its state makes: what ``_reconstruct`` returns."""
+
+    def __init__(self, kind, shape, code):
+        self.value = None
+
+    def __setstate__(self, state):
+        *_, shape, dtype, fortran, data = state
+        self.value = dtype.array(data, shape, "F" if fortran else "C")
+
+
+def _from_buffer(data, dtype: _Type, shape, order) -> np.ndarray:
+    return dtype.array(data, shape, order)
+
+
+def _scalar(dtype: _Type, data):
+    return dtype.array(data, ())[()]
+
+
+def _with_arrays(content):
+    """`content` with arrays in place of what stands for them."""
+    if isinstance(content, _Array):
+        return content.value
+    if isinstance(content, dict):
+        return {_with_arrays(key): _with_arrays(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(_with_arrays(value) for value in content)
+    return content
+
+
 _KNOWN = {
-    **{(f"numpy.{core}.{module}", made.__name__): made
-       for core in ("core", "_core") for module, makers in _MAKERS.items() for made in makers},
-    ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _latin1,
+    **{(f"numpy.{core}.{module}", name): made for core in ("core", "_core") for module, name, made in (
+        ("multiarray", "_reconstruct", _Array), ("multiarray", "scalar", _scalar),
+        ("numeric", "_frombuffer", _from_buffer))},
+    ("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): _Type, ("_codecs", "encode"): _latin1,
+    ("__builtin__", "bytes"): _no_bytes, ("builtins", "bytes"): _no_bytes,
 }  # fmt: skip
 
 
