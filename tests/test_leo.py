@@ -1,5 +1,7 @@
 """LEO against a literal, slow implementation, and one test for each mistake that public ports make."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -358,13 +360,54 @@ def test_gradients_are_clipped_entry_by_entry_then_variable_by_variable():
             assert p.grad.norm().item() == pytest.approx(0.1)
 
 
-def test_a_loss_that_is_not_a_number_gives_a_step_on_the_l2_penalty():
-    model = small()
-    before = [p.detach().clone() for p in model.parameters()]
+@pytest.mark.parametrize("rule", ["released", "intended"])
+def test_what_a_loss_that_is_not_a_number_leaves(rule):
+    """Two names are swapped in the released code: its gradients are the parameters, rates and all, and get clipped."""
+    model = small(nan_rule=rule)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.full_like(p, torch.nan)
     model.prepare_gradients(torch.tensor(torch.nan))
-    assert all(torch.allclose(p.grad, 1e-4 * b) for p, b in zip(model.parameters(), before))
+    for name, p in model.named_parameters():
+        if rule == "released":
+            clipped = before[name].clamp(-0.1, 0.1)
+            expected = clipped * min(1.0, 0.1 / clipped.norm().item())
+        else:
+            expected = torch.zeros_like(p) if name.endswith("rate") else 1e-4 * before[name]
+        torch.testing.assert_close(p.grad, expected)
+
+
+def test_an_infinite_gradient_is_clipped_not_replaced():
+    model = small()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model.decoder.grad[0, 0] = torch.inf
+    model.prepare_gradients(torch.tensor(1.0))
+    assert model.decoder.grad[0, 0].item() == pytest.approx(0.1) and model.encoder.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"dropout": 1.0}, "dropout=1.0 drops everything"), ({"dropout": -0.2}, "dropout=-0.2"),
+    ({"spread": "log"}, "spread='log' is not known; use shifted or exp"),
+    ({"nan_rule": "skip"}, "released or intended"),
+    ({"prior": "none"}, "encoder, random or random at test"), ({"reduce": "max"}, "mean or sum"),
+])  # fmt: skip
+def test_unknown_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+def test_a_dropout_too_small_for_16_bits_drops_nothing():
+    assert keep_mask(torch.zeros(9, 7), 1 - 1e-6, torch.Generator()).eq(1).all()
+
+
+def test_the_paper_s_literal_deviation_and_sums():
+    model, twin = small(spread="exp", reduce="sum"), small()
+    assert deviation(torch.tensor([-1.0, 2.0]), model._offset()).tolist() == pytest.approx([math.exp(-1), math.exp(2)])
+    rows = F.normalize(model.decoder, dim=1)
+    off = rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)
+    torch.testing.assert_close(model.orthogonality_of(), off.square().sum().sqrt())
+    torch.testing.assert_close(model.l2_penalty(), 2 * twin.l2_penalty())
 
 
 # Training ------------------------------------------------------------------------------------------------------------

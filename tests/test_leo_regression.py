@@ -84,8 +84,9 @@ def test_sizes_of_the_paper():
     assert [s for n, s in shapes.items() if n.startswith("relation")] == [(32, 32), (32, 32), (32, 32)]
     assert [s for n, s in shapes.items() if n.startswith("decoder")] == [(16, 32), (32, 32), (32, 3522)]
     assert shapes["rates"] == (16,) and len(shapes) == 10  # and no biases
-    table3 = learner(hidden=16)
-    assert table3.encoder[1].shape == (16, 16)
+    table_3 = learner(encoder_hidden=16)  # where the text says 32 for all three
+    assert [tuple(p.shape) for p in table_3.encoder] == [(2, 16), (16, 16), (16, 16)]
+    assert table_3.relation[1].shape == table_3.decoder[1].shape == (32, 32)
 
 
 def test_generated_network_has_the_layers_and_biases_of_a_torch_network():

@@ -143,8 +143,8 @@ def test_compare_takes_the_largest_run(tmp_path):
 
 
 def test_early_stopping_is_no_smaller_budget(tmp_path):
-    write_record(record(seed=0, steps=12_000, stopped_early=True, accuracy=98.0), folder=tmp_path)
-    write_record(record(seed=1, steps=9_000, stopped_early=True, accuracy=98.4), folder=tmp_path)
+    write_record(record(seed=0, steps=12_000, budget=30_000, accuracy=98.0), folder=tmp_path)
+    write_record(record(seed=1, steps=9_000, budget=30_000, accuracy=98.4), folder=tmp_path)
     write_record(record(seed=2, steps=20_000, accuracy=90.0), folder=tmp_path)  # merely shortened
     row = number(tmp_path)
     assert row["seeds"] == [0, 1] and row["ours"] == pytest.approx(98.2)

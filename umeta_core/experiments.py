@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from .latent_tasks import LatentTasks
 from .leo import LEO
 from .maml import MAML
 from .meta_gmvae import FeatureDecoder, ImageDecoder, ImageEncoder, MetaGMVAE, UnlabeledSets
-from .networks import MLP, Conv4
+from .networks import MLP, Conv4, LinearHead
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
 from .rows import Row, embedding_plan
@@ -52,7 +53,9 @@ def build_learner(row: Row, channels: int, size: int, seed: int, features: int |
         return LEO(features, **row.options, seed=seed, generator=generator)
     if row.learner == "gmvae":
         return _gmvae(row, channels, size, seed, features, generator)
-    if features is not None:
+    if features is not None and row.network.get("linear"):
+        network = LinearHead(features, row.way, generator)
+    elif features is not None:
         network = MLP([features, *row.network["hidden"], row.way], norm="shift", std=0.01, generator=generator)
     elif row.network.get("residual"):
         from .resnet import ResNet
@@ -133,11 +136,12 @@ def train_row(row: Row, scale: str, seed: int, device="cpu", checkpoint=None, st
     if row.budget(scale) == 0:
         return learner, NO_TRAINING
     early = early_stopping(row, scale, seed, device, stages) if row.validation else {}
+    endless = replace(row, validation={k: v for k, v in row.validation.items() if k != "patience"})  # may be changed
     history = train(
         learner, training_tasks(row, scale, seed, device, stages), steps=row.budget(scale), tasks=row.tasks,
         way=row.way, shot=row.shot, query=row.query, lr=row.lr, clip=row.clip, seed=seed, device=device,
         prepare=learner.prepare_gradients if isinstance(learner, LEO) else None,
-        checkpoint=checkpoint, config={"row": row.slug, "scale": scale, **plain(row.protocol())}, **early,
+        checkpoint=checkpoint, config={"row": row.slug, "scale": scale, **plain(endless.protocol())}, **early,
     )  # fmt: skip
     return learner, history
 
@@ -288,7 +292,7 @@ def run_row(
     record = {
         "paper": row.paper, "table": row.table, "row": row.slug, "method": row.method, "embedding": row.embedding,
         "variant": row.variant, "dataset": row.dataset, "scale": scale, "seed": seed,
-        "steps": history.get("stopped", row.budget(scale)), "stopped_early": "stopped" in history,
+        "steps": history.get("stopped", row.budget(scale)), "budget": row.budget(scale),
         "paper_steps": row.steps["full"], "tasks_per_step": row.tasks, "deviation": row.departs, "cells": cells,
         "seconds": round(history["seconds"], 1), "test_seconds": round(time.perf_counter() - started, 1),
         "history": _thinned(history), "validation": history.get("validation", []),
@@ -306,7 +310,7 @@ def embedding_record(row: Row, scale: str, stages=None) -> dict:
     plan, name = row.plan, row.fitted or row.embedding
     for word in ("short ", "small ", "untrained "):
         name = name.removeprefix(word)
-    paper = embedding_plan(name, row.dataset).epochs["full"] if name != "features" else None
+    paper = embedding_plan(row.embedding if name == "features" else name, row.dataset).epochs["full"]
     return {"embedding_fit": {"options": plain(plan.options), "epochs": plan.epochs[scale], "batch": plan.batch,
                               "paper_epochs": paper, "seed": 0, "made_by": fitted_by(row, scale, stages)}}  # fmt: skip
 

@@ -53,7 +53,7 @@ class InnerLoops:
         mean = z.mean(2) @ self.to_mean
         if not self.model.stochastic:
             return Decoded(z, mean, None)
-        offset = (2 / (self.model.features + z.shape[1])) ** 0.5
+        offset = self.model._offset(z.shape[1])
         e = (z @ self.to_s).exp_()
         epsilon = torch.empty_like(e).normal_(std=1 / z.shape[2], generator=self.noise)
         difference = e - (1 - offset)
@@ -151,9 +151,13 @@ class QueryLoss(torch.autograd.Function):
         return losses, logits, last
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gout, *_):
         # every loss counts the same in a meta-step, so that its gradients could be summed over tasks on the way
-        if not gout.is_cuda and not torch.equal(gout, gout[:1].expand_as(gout)):  # a GPU would wait for the answer
-            raise ValueError("the losses of the tasks must have equal weights, as their mean has")
+        message = "the losses of the tasks must have equal weights, as their mean has"
+        if gout.is_cuda:  # looks without waiting for the answer
+            torch._assert_async((gout == gout[:1]).all(), message)
+        elif not torch.equal(gout, gout[:1].expand_as(gout)):
+            raise ValueError(message)
         z, *shared = (g * gout[0] for g in ctx.gradients)
         return z, *shared, None, None, None, None

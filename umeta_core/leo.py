@@ -16,8 +16,6 @@ from .losses import accuracy, cross_entropy
 from .networks import glorot_uniform
 from .training import noise_of_call
 
-HIDDEN = 128  # units of the relation network
-
 
 @dataclass
 class Adaptation:
@@ -49,40 +47,53 @@ class LEO(nn.Module):
             ("random at test" samples there too; the paper does not say).
         copies: sample K codes and classifiers for each class and average their logits (reference code); False: one
             code for each class, as the paper writes it.
-        reduce: KL term and encoder penalty are a "mean" over all numbers (reference code) or a "sum" over a class's
-            code, averaged over classes (the paper's equation 6). Their weights belong to this choice.
+        reduce: KL term, encoder penalty and orthogonality are a "mean" over all numbers, L2 has a half (reference
+            code); or a "sum" over a class's code, averaged over classes, the norm of C - I itself, and no half (the
+            paper's equations 6 and 7). Their weights belong to this choice.
+        spread: standard deviations are "shifted" (`deviation`; reference code) or "exp", exp(s) alone.
+        nan_rule: gradients of a step whose loss or gradient is not a number are the parameters themselves ("released":
+            in the code two names are swapped) or those of an L2 penalty of weight 1e-4 ("intended", by its comment).
         dropout: probability of dropping an input feature, anew at every use (training only).
         kl, encoder_penalty, l2, orthogonality: beta, gamma, lambda_1 and lambda_2 of equations 6 and 7.
         latent_lr, weight_lr: initial inner step sizes; one for each of the n_z and d dimensions is meta-learned.
         seed: of dropout and sampling.
         generator: source of the initial weights (Glorot uniform).
 
-    The reference code has four more habits that the paper does not mention: the inner loss is the sum over the support
-    set; the deviation is max(exp(s) - (1 - offset), 1e-10), so that about half of all codes start without noise; the
-    last layer of the relation network is linear; the L2 term carries a half.
+    The reference code has three more habits that the paper does not mention: the inner loss is the sum over the support
+    set; the shifted deviation is 1e-10 for about half of all codes at first, so that they start without noise; the last
+    layer of the relation network is linear. Defaults of the weights are those of its configuration file, which nobody
+    tuned; `rows.leo` has the published ones.
+
+    Raises:
+        ValueError: an unknown option, or a dropout that is not in [0, 1).
     """
 
     def __init__(
         self, features=640, latent=64, *, latent_steps=5, weight_steps=5, stochastic=True, prior="encoder", copies=True,
-        reduce="mean", dropout=0.3, kl=0.001, encoder_penalty=1e-9, l2=1e-8, orthogonality=0.001, latent_lr=1.0,
-        weight_lr=0.001, seed=0, generator: torch.Generator | None = None,
+        reduce="mean", spread="shifted", nan_rule="released", dropout=0.3, kl=0.001, encoder_penalty=1e-9, l2=1e-8,
+        orthogonality=0.001, latent_lr=1.0, weight_lr=0.001, seed=0, generator: torch.Generator | None = None,
     ):
         super().__init__()
-        if prior not in ("encoder", "random", "random at test"):
-            raise ValueError(f"prior={prior!r} is not known; use encoder, random or random at test")
-        if reduce not in ("mean", "sum"):
-            raise ValueError(f"reduce={reduce!r} is not known; use mean or sum")
+        for what, value, known in (
+            ("prior", prior, ("encoder", "random", "random at test")), ("reduce", reduce, ("mean", "sum")),
+            ("spread", spread, ("shifted", "exp")), ("nan_rule", nan_rule, ("released", "intended")),
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"{what}={value!r} is not known; use {', '.join(known[:-1])} or {known[-1]}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} drops everything or is no probability; use 0 to less than 1")
         self.features, self.latent, self.seed, self.draws = features, latent, seed, 0
         self.latent_steps, self.weight_steps, self.copies = latent_steps, weight_steps, copies
         self.stochastic, self.prior, self.reduce, self.dropout = stochastic, prior, reduce, dropout
         self.kl, self.encoder_penalty, self.l2, self.orthogonality = kl, encoder_penalty, l2, orthogonality
+        self.spread, self.nan_rule, hidden = spread, nan_rule, 2 * latent
 
         def matrix(rows, columns):
             return nn.Parameter(glorot_uniform((rows, columns), generator))
 
         self.encoder = matrix(features, latent)
         self.relation = nn.ParameterList(
-            [matrix(2 * latent, HIDDEN), matrix(HIDDEN, HIDDEN), matrix(HIDDEN, 2 * latent)]
+            [matrix(2 * latent, hidden), matrix(hidden, hidden), matrix(hidden, 2 * latent)]
         )
         self.decoder = matrix(latent, 2 * features)
         self.latent_rate = nn.Parameter(torch.full((latent,), float(latent_lr)))
@@ -101,11 +112,11 @@ class LEO(nn.Module):
         way, shot = support.shape[1:3]
         e = (self._drop(support, noise) @ self.encoder).flatten(1, 2)
         left, right = e @ first[: self.latent], e @ first[self.latent :]
-        pairs = (left.unsqueeze(2) + right.unsqueeze(1)).relu_()  # [T, NK, NK, 128]
+        pairs = (left.unsqueeze(2) + right.unsqueeze(1)).relu_()  # [T, NK, NK, 2 n_z]
         pairs = (pairs @ second).relu_().unflatten(1, (way, shot))
         statistics = pairs.sum((2, 3)) / (shot * e.shape[1]) @ last
         mean, s = statistics.split(self.latent, -1)
-        return mean, deviation(s)
+        return mean, deviation(s, self._offset())
 
     def decode(self, z: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """Classifiers ``[T, N, d]`` from codes ``[T, N, copies, n_z]``, the mean over copies. (eq-leo-decoder)
@@ -116,9 +127,14 @@ class LEO(nn.Module):
         mean = z.mean(2) @ to_mean
         if noise is None or not self.stochastic:
             return mean
-        offset = (2 / (self.features + z.shape[1])) ** 0.5
-        sigma = deviation(z @ to_s, offset)
+        sigma = deviation(z @ to_s, self._offset(z.shape[1]))
         return mean + (sigma * _normal(sigma, noise)).mean(2)
+
+    def _offset(self, way: int | None = None) -> float:
+        """The deviation of codes, or of the weights of `way` classes, where the network says 0; 1 makes it exp(s)."""
+        if self.spread == "exp":
+            return 1.0
+        return 0.0 if way is None else (2 / (self.features + way)) ** 0.5
 
     def classify(self, x: Tensor, w: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """Logits ``[T, n, N]`` of features ``[T, n, d]`` under classifiers ``[T, N, d]``. (eq-leo-predict)"""
@@ -232,24 +248,30 @@ class LEO(nn.Module):
         return elements.mean((1, 2, 3)) if self.reduce == "mean" else elements.sum(3).mean((1, 2))
 
     def l2_penalty(self) -> Tensor:
-        """Half the sum of squares of encoder, relation network and decoder; step sizes are free."""
-        return sum(p.square().sum() for p in (self.encoder, *self.relation, self.decoder)) / 2
+        """The sum of squares of encoder, relation network and decoder, or half of it; step sizes are free."""
+        total = sum(p.square().sum() for p in (self.encoder, *self.relation, self.decoder))
+        return total / 2 if self.reduce == "mean" else total
 
     def orthogonality_of(self) -> Tensor:
-        """Mean squared difference of the cosines of the decoder's n_z rows from the identity. (eq-leo-orthogonality)"""
+        """Mean squared difference of the cosines of the decoder's n_z rows from the identity, or its norm.
+
+        (eq-leo-orthogonality)
+        """
         rows = nn.functional.normalize(self.decoder, dim=1)
-        return (rows @ rows.T - torch.eye(self.latent, dtype=rows.dtype, device=rows.device)).square().mean()
+        difference = rows @ rows.T - torch.eye(self.latent, dtype=rows.dtype, device=rows.device)
+        return difference.square().mean() if self.reduce == "mean" else difference.norm()
 
     def prepare_gradients(self, loss: Tensor) -> None:
         """Clip each entry of the gradient to 0.1, then the norm of each variable's to 0.1. (LEO, App. B.4)
 
-        If the loss or a gradient is not a number, that step follows an L2 penalty of weight 1e-4 instead (reference
-        code).
+        If the loss or a gradient is not a number, that step follows `nan_rule` instead.
         """
         parameters = [p for p in self.parameters() if p.grad is not None]
-        finite = torch.stack([p.grad.sum() for p in parameters] + [loss.detach()]).isfinite().all()
+        failed = torch.stack([p.grad.isnan().any() for p in parameters] + [loss.detach().isnan()]).any()
         for p in parameters:
-            p.grad = torch.where(finite, p.grad, 1e-4 * p.detach())
+            # step sizes are vectors, on which there is no penalty
+            share = 1.0 if self.nan_rule == "released" else 1e-4 if p.dim() > 1 else 0.0
+            p.grad = torch.where(failed, share * p.detach(), p.grad)
             p.grad.clamp_(-0.1, 0.1)
             p.grad.mul_(0.1 / p.grad.norm().clamp_min(0.1))
 
@@ -285,6 +307,8 @@ def keep_mask(x: Tensor, keep: float, noise: torch.Generator) -> Tensor:
 
     Four entries share one random number of 64 bits, four times as fast as one each; `keep` is rounded to 1/65536.
     """
+    if keep > 1 - 2**-17:  # rounds to 1, which 16 bits do not hold
+        return torch.ones_like(x)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=noise)
     threshold = round(keep * 2**16) - 2**15
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)

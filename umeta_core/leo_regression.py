@@ -122,7 +122,8 @@ class LEORegression(nn.Module):
     only; steps, rates, loss weights and standard deviations are ours.
 
     Args:
-        hidden: units of every hidden layer; latent: size of the code.
+        hidden: units of every hidden layer; encoder_hidden: those of the encoder, if they are others (16 in the paper's
+            Table 3, against 32 in its text); latent: size of the code.
         inner_steps: latent gradient steps on the mean squared error of the support set; no fine-tuning.
         inner_lr: start of the learned rates, one per latent dimension.
         inner_clip: bound on the norm of each task's latent gradient. Without it the rates grow until single tasks
@@ -143,6 +144,7 @@ class LEORegression(nn.Module):
         inner_steps: int = 5,
         inner_lr: float = 0.02,
         *,
+        encoder_hidden: int | None = None,
         inner_clip: float = 5.0,
         beta: float = 0.05,
         gamma: float = 1e-4,
@@ -157,7 +159,8 @@ class LEORegression(nn.Module):
         def matrices(*sizes):
             return nn.ParameterList(nn.Parameter(glorot_uniform(s, generator)) for s in zip(sizes, sizes[1:]))
 
-        self.encoder = matrices(2, hidden, hidden, latent)
+        width = encoder_hidden or hidden
+        self.encoder = matrices(2, width, width, latent)
         self.relation = matrices(2 * latent, hidden, hidden, 2 * latent)
         self.decoder = matrices(latent, hidden, hidden, 2 * WEIGHTS)
         self.rates = nn.Parameter(torch.full((latent,), inner_lr))
@@ -238,7 +241,7 @@ class LEORegression(nn.Module):
             total = total + self.orthogonality * sum(orthogonality_penalty(w) for w in self.decoder)
         return total
 
-    prepare_gradients = LEO.prepare_gradients  # the clipping and the rule for NaN are the classifier's
+    prepare_gradients, nan_rule = LEO.prepare_gradients, "intended"  # the clipping is the classifier's
 
     def predict(
         self, batch: Regression, x: Tensor, samples: int, generator: torch.Generator, steps: int | None = None

@@ -107,7 +107,7 @@ class MAML(nn.Module):
     def _rates(self, way: int, lr: float) -> list:
         if self.rates is None:
             return [float(lr) if a else 0.0 for a in self.adapted]
-        return [*self.rates[:-2], self.rates[-2][:way], self.rates[-1][:way]]
+        return [rate[:way] if head else rate for rate, head in zip(self.rates, self.network.head_mask())]
 
     def _weight(self, episodes: Episodes) -> float:
         """What one support image counts in the inner loss. (eq-maml-scale)"""

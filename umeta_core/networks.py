@@ -211,6 +211,31 @@ class MLP(nn.Module):
         return x
 
 
+class LinearHead(nn.Module):
+    """A linear classifier without bias for T tasks at once, ``[T, n, features] -> [T, n, way]`` (LEO, App. B.3).
+
+    std: of the normal initial weights, cut off at 2 std.
+    """
+
+    def __init__(self, features: int, way: int, generator: torch.Generator | None = None, *, std=0.01):
+        super().__init__()
+        self.way, self.weight = way, nn.Parameter(torch.empty(way, features))
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+    def tensors(self, way: int | None = None) -> list[Tensor]:
+        check_head(self.way, way)
+        return [self.weight[:way]]
+
+    def norm_mask(self) -> list[bool]:
+        return [False]
+
+    def head_mask(self) -> list[bool]:
+        return [True]
+
+    def forward_tasks(self, params: list[Tensor], x: Tensor) -> Tensor:
+        return x.flatten(2) @ params[0].transpose(1, 2)
+
+
 def check_head(outputs: int, way: int | None) -> None:
     """Raise ValueError if tasks have more classes than the head has outputs; None: all outputs are asked for."""
     if way is not None and way > outputs:

@@ -236,8 +236,8 @@ def is_reduced(record: dict) -> bool:
 
 
 def budget(record: dict) -> int:
-    """The steps that a run was given: those it made, or, if early stopping ended it, all that the row has."""
-    return record["paper_steps"] if record.get("stopped_early") else record["steps"]
+    """The steps that a run was given; it made fewer if early stopping ended it."""
+    return record.get("budget", record["steps"])
 
 
 def compare(paper: str, table=None, dataset: str | None = None, folder=None) -> list[dict]:
@@ -328,7 +328,7 @@ def _cells(row: dict) -> tuple:
     if row["scale"] not in (None, "full"):
         verdict_text += f" ({row['scale']})"
     if row["ours"] is not None and row["steps"] < row["paper_steps"]:
-        early = "stopped early, " if row["budget"] == row["paper_steps"] else ""
+        early = "stopped early, " if row["steps"] < row["budget"] else ""
         verdict_text += f"; {early}{row['steps']:,} of {row['paper_steps']:,} steps"
     if row["deviation"]:
         verdict_text += f"; {row['deviation']}"

@@ -103,7 +103,7 @@ def train(
         if logged:
             report.show()
         if validate and validate_every and run.step % validate_every == 0:
-            run.history["validation"].append([run.step, validate(learner)])
+            run.history["validation"].append([run.step, run.agreed(validate(learner))])
             if keep_best and run.is_best():
                 run.best = copy.deepcopy(learner.state_dict())
         if checkpoint and (time.monotonic() - saved > save_every or run.step == steps or run.is_stale(patience)):
@@ -160,6 +160,16 @@ class _Run:
         """Whether the last validation is above all before."""
         *before, last = (value for _, value in self.history["validation"])
         return not before or last > max(before)
+
+    def agreed(self, value: float) -> float:
+        """The value of process 0: others may differ in the last digit, and all must stop at the same step."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        shared = torch.tensor(value, dtype=torch.float64, device=self.generator.device)
+        dist.broadcast(shared, 0)
+        return shared.item()
 
     def is_stale(self, patience: int | None) -> bool:
         """Whether the last `patience` validations brought no new best."""

@@ -131,5 +131,6 @@ class Row:
         place |= {"labeled_share": self.share} if self.source == "mixed" else {}
         place |= {"train_splits": self.train_splits} if self.train_splits != ("train",) else {}
         place |= {"validation": self.validation} if self.validation else {}
-        norm = {"batch_norm": "transductive"} if self.learner == "maml" and self.network.get("hidden") != () else {}
+        normed = self.learner == "maml" and self.network.get("hidden") != () and not self.network.get("linear")
+        norm = {"batch_norm": "transductive"} if normed else {}
         return place | (training if self.trained else {}) | self.network | norm | self.options
