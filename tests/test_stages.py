@@ -41,7 +41,7 @@ def test_plans_build_embeddings_of_the_published_width():
         if plan.kind in ("vae", "msgan", "vgg19"):  # have no published width, or need a download
             continue
         if plan.kind == "file":
-            with pytest.raises(FileNotFoundError, match="need the vectors of DeepCluster's VGG-16"):
+            with pytest.raises(ValueError, match="nothing is built for an embedding of kind 'file'"):
                 stages.build_embedding(plan, 3, 224)
             continue
         channels, size, _ = sizes[dataset]
@@ -167,6 +167,19 @@ def test_vectors_of_other_images_are_refused(tmp_path):
     write_atomically({"z": torch.zeros(5, 200)}, stages.vectors_file(row, "val", "smoke", tmp_path))
     with pytest.raises(ValueError, match="embeds 5 images but glyphs val has 3080; delete it to embed again"):
         stages.vectors(row, "val", "smoke", folder=tmp_path)
+
+
+def test_the_vectors_of_imagenet_are_read_from_the_files_that_the_error_names(tmp_path, monkeypatch):
+    row = find_row("knn-deepcluster-imagenet")
+    monkeypatch.setattr(stages, "images_of", lambda *_: load("glyphs", "val"))
+    with pytest.raises(FileNotFoundError, match="need the vectors of DeepCluster's VGG-16") as error:
+        stages.vectors(row, "val", "full", folder=tmp_path)
+    named = [word.strip(",;") for word in str(error.value).split() if word.startswith(str(tmp_path))]
+    assert len(named) == 3
+    for number, file in enumerate(named):
+        write_atomically({"z": torch.full((3080, 256), float(number))}, file)
+    for number, split in enumerate(("train", "val", "test")):
+        assert (stages.vectors(row, split, "full", folder=tmp_path) == number).all()
 
 
 def test_a_stage_that_nobody_needs_is_refused(tmp_path):

@@ -59,8 +59,8 @@ def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0
         from .embeddings.vgg import VGG19 as kind
     elif plan.kind == "random":
         from .embeddings.simple import RandomNetwork as kind
-    else:  # ImageNet's VGG-16: too large to be trained here
-        raise FileNotFoundError(plan.options["missing"])
+    else:
+        raise ValueError(f"nothing is built for an embedding of kind {plan.kind!r}")
     return kind(channels, size, generator=generator, **plan.options)
 
 
@@ -99,6 +99,14 @@ def partitions_file(row: Row, scale: str, seed: int, folder=None) -> Path:
     margin += f"-N{row.way}" if row.source == "hyperplanes" else ""  # which keeps cells enough for the way
     settings = f"{row.source.replace('mixed', 'clusters')}-k{clusters(row, scale)}-P{row.stack(scale)}-R{row.least()}"
     return Path(f"{stem(row, scale, folder)}-partitions-{settings}{margin}-seed{seed}.pt")
+
+
+def wanted_vectors(row: Row, scale: str, folder=None) -> str:
+    """Which files to bring for a row whose embedding is not fitted here (ImageNet's VGG-16 is too large)."""
+    files = ", ".join(str(vectors_file(row, split, scale, folder)) for split in ("train", "val", "test"))
+    return ("the ImageNet rows need the vectors of DeepCluster's VGG-16 (github.com/facebookresearch/deepcluster): "
+            f"write {{'z': float32 [n, 256]}} with torch.save into {files}; rows in the order of "
+            "load('imagenet', split)")  # fmt: skip
 
 
 def fitted_file(row: Row, scale: str, folder=None) -> Path:
@@ -155,8 +163,11 @@ def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True
     """The row's embedding: fitted now, finished from an interrupted fit, or read if it was fitted before.
 
     All rows and all seeds share one embedding, as in the paper. At smoke it sees about 2000 images.
+    FileNotFoundError: it is not fitted here, see `wanted_vectors`.
     """
     plan = row.plan
+    if plan.kind == "file":
+        raise FileNotFoundError(wanted_vectors(row, scale, folder))
     path = Path(f"{_stem(plan.weights_of or row.fitted or row.embedding, row.dataset, scale, folder)}.pt")
     data = images_of(row, "train", device)
     model = build_embedding(plan, *data.images.shape[1:3], path=path).to(device)

@@ -48,10 +48,8 @@ EMBEDDINGS = {
         seconds=60, deviation="DeepCluster of a quarter of the width, stride 2, 40 epochs"),
     ("short ACAI", "omniglot"): EmbeddingPlan("acai", {}, _epochs(1, 1, 50), batch=64, seconds=55,
                                               deviation="ACAI for 50 epochs"),
-    ("DeepCluster", "imagenet"): EmbeddingPlan("file", {"missing": (
-        "the ImageNet rows need the vectors of DeepCluster's VGG-16 (github.com/facebookresearch/deepcluster): put "
-        "{'z': float32 [n, 256]} with torch.save into deepcluster-imagenet-full-train.pt, -val.pt and -test.pt of the "
-        "stages folder, rows in the order of load('imagenet', split)")}, _epochs(1, 1, 500)),
+    # a VGG-16 that others have fitted: see `stages.wanted_vectors`
+    ("DeepCluster", "imagenet"): EmbeddingPlan("file", {}, _epochs(1, 1, 500)),
     # LEO, App. B.2: features of a classifier of the meta-training classes, 10,000 and 50,000 steps
     ("WRN-28-10 layer-21 640-d center crop", "mini_imagenet"): EmbeddingPlan(
         "supervised", {}, _epochs(1, 1, 270), batch=1024, normalize=True),
