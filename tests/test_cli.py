@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,24 @@ def test_the_list_of_rows(capsys, tmp_path):
     assert "not printed" not in capsys.readouterr().out
 
 
+def test_the_list_says_what_is_unknown_and_what_stopped_early(capsys):
+    assert main(["reproduce", "cactus", "--list", "--rows", "scratch-imagenet,cactus-protonets-bigan"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "2 cores time unknown, one GPU time unknown" in lines["scratch-imagenet"]
+    assert "(7 of 30,000 steps)" in cli._state({"scale": "full", "seed": 0, "steps": 7}, 30_000)
+    assert cli._state({"scale": "full", "seed": 0, "steps": 9, "stopped_early": True, "paper_steps": 20}, 20) == \
+        "full seed 0"  # fmt: skip
+
+
+def test_expected_times_fit_the_records():
+    """Within a factor of two for MAML on Omniglot at 5 ways, the cheapest and the most often run."""
+    for record in results.read_records("cactus"):
+        if record["row"] in ("oracle-maml-5way", "random-maml-5way", "pixels-maml-5way") and record["scale"] == "full":
+            row = replace(rows.find_row(record["row"]), at_most=record["steps"])
+            ratio = experiments.expected_seconds(row, "full") / (record["seconds"] + record["test_seconds"])
+            assert 0.5 < ratio < 2
+
+
 def test_a_missing_engine_is_named(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["reproduce", "cactus", "--rows", "scratch", "--scale", "smoke"]) == 2
@@ -153,6 +172,9 @@ def test_every_scale_is_no_larger_than_the_next():
         assert row.steps["smoke"] <= row.steps["quick"] <= row.steps["full"]
         assert row.test_tasks["smoke"] <= row.test_tasks["quick"] <= row.test_tasks["full"]
         assert row.paper != "cactus" or row.test_tasks["full"] == 1000
+        if row.network.get("residual"):
+            assert experiments.expected_seconds(row, "full") is None  # nobody has timed it
+            continue
         smoke, quick, full = (experiments.expected_seconds(row, scale) for scale in results.SCALES)
         assert 0 < smoke <= quick <= full and smoke < 400
 

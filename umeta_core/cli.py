@@ -294,11 +294,12 @@ def _print_list(rows, folder: Path) -> None:
         mine = [n for n in numbers if (n["way"], n["shot"]) in row.tests and results.matches(n, vars(row))]
         cells = {(n["way"], n["shot"]): n["value"] for n in sorted(mine, key=lambda n: n["table"] == row.table)}
         printed = " / ".join(str(value) for value in cells.values()) or "not printed"
-        runs = sorted((r["scale"], r["seed"]) for r in records if r["row"] == row.slug)
-        state = ", ".join(f"{scale} seed {seed}" for scale, seed in runs) or "not run"
-        cost = _duration(TWO_CORES * expected_seconds(row, "full"))
-        gpu = _duration(expected_seconds(row, "full", "cuda"))
-        print(f"{row.slug:{width}}  table {row.table:6} paper {printed:30} {state:20} 2 cores {cost}, one GPU {gpu}")
+        runs = sorted((r for r in records if r["row"] == row.slug), key=lambda r: (r["scale"], r["seed"]))
+        state = ", ".join(_state(r, row.budget(r["scale"])) for r in runs) or "not run"
+        core, gpu = (expected_seconds(row, "full", device) for device in ("cpu", "cuda"))
+        cost, gpu = _duration(core and TWO_CORES * core), _duration(gpu)
+        print(f"{row.slug:{width}}  table {row.table:6} paper {printed:30} {state}; "
+              f"2 cores {cost}, one GPU {gpu}")
     used = {(row.embedding, row.dataset) for row in rows}
     for (name, dataset), plan in EMBEDDINGS.items():
         if (name, dataset) in used:
@@ -306,6 +307,12 @@ def _print_list(rows, folder: Path) -> None:
             epochs = f"{plan.epochs['full']} epochs"
             print(f"  embedding {name} of {dataset}: {epochs}, one thread {known}; shared by its rows")
     print("costs are full runs without the embedding and its partitions; GPU figures are planned, not measured")
+
+
+def _state(record: dict, steps: int) -> str:
+    """Scale and seed of a record, and how far it went if that is less than the row's steps."""
+    ran = results.budget(record)
+    return f"{record['scale']} seed {record['seed']}" + (f" ({ran:,} of {steps:,} steps)" if ran < steps else "")
 
 
 def _print_plan(arguments, rows, folder: Path) -> list[Path]:
