@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from umeta_core import cli, experiments, results, rows
+from umeta_core import cli, experiments, results, rows, stages
 from umeta_core.cli import main
+from umeta_core.embeddings.base import write_atomically
 
 SMALL = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(results.REPOSITORY)}
 
@@ -75,15 +76,37 @@ def test_the_plan_of_a_table(tmp_path, capsys):
     plan = ["reproduce", "cactus", "--table", "8", "--dry-run", "--results", str(tmp_path)]
     assert main([*plan, "--scale", "full", "--seeds", "0", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = [line.split()[0] for line in lines[:-1:2]]
+    names = [line.split()[0] for line in lines[:-1] if not line.startswith("  before")][::2]
     assert len(names) == 23 and {"scratch", "knn-acai", "cactus-maml-bigan"} <= set(names)
     assert "oracle-maml-5way" not in names and "ridge-acai" not in names  # only what the paper prints
     assert "30,000 steps  about 68 min" in lines[0]
-    assert lines[-1].startswith("46 of 46 runs to do on cpu; one after another")
+    assert lines[-1].startswith("46 of 46 runs to do on cpu and 24 stages before; one after another")
     assert main([*plan, "--rows", "oracle-protonets,scratch", "--dataset", "glyphs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["oracle-protonets-glyphs", "scratch-glyphs"]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_counts_what_must_be_made_first(tmp_path, capsys):
+    def planned(*names):
+        arguments = ["--rows", ",".join(names), "--scale", "full", "--results", str(tmp_path), "--runs", str(tmp_path)]
+        assert main(["reproduce", "cactus", "--table", "8", "--dry-run", *arguments]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    *_, fit, total = planned("knn-acai")
+    assert fit == "  before: embedding short ACAI of omniglot, 50 epochs: about 46 min"
+    assert total == "2 of 2 runs to do on cpu and 2 stages before; one after another about 12.4 h"
+    row = rows.find_row("cactus-protonets-bigan")
+    assert [what.split(",")[0] for what, _ in experiments.missing_stages(row, "full", 0, folder=tmp_path).values()] == [
+        "embedding BiGAN of omniglot", "100 partitions of BiGAN of omniglot"]  # fmt: skip
+    write_atomically({"epoch": 100}, stages.fit_file(row, "full", tmp_path))
+    what, seconds = experiments.missing_stages(row, "full", 0, folder=tmp_path)[stages.fit_file(row, "full", tmp_path)]
+    assert what.endswith("400 epochs of which 100 are done") and seconds == 300 * row.plan.seconds
+    for file in (stages.vectors_file(row, "train", "full", tmp_path), *stages.stage_files(row, "full", 0, tmp_path)):
+        assert len(experiments.missing_stages(row, "full", 0, folder=tmp_path)) > 0
+        file.touch()
+    assert experiments.missing_stages(row, "full", 0, folder=tmp_path) == {}
+    assert experiments.embedding_seconds(rows.find_row("knn-bigan-mini-imagenet"), "full") is None  # not known
 
 
 def test_a_run_that_stopped_early_goes_on(tmp_path, capsys):
@@ -104,7 +127,7 @@ def test_a_run_that_stopped_early_goes_on(tmp_path, capsys):
 @pytest.mark.parametrize("rows", ["scratch", "bigan"])
 def test_the_columns_of_a_plan_are_aligned(rows, capsys, tmp_path):
     assert main(["reproduce", "cactus", "--rows", rows, "--dry-run", "--results", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()[:-1]
+    lines = [line for line in capsys.readouterr().out.splitlines()[:-1] if not line.startswith("  before")]
     assert {line.index(" steps  ") for line in lines} == {lines[0].index(" steps  ")}
     assert lines[0].index("quick") == 2 + max(len(line.split()[0]) for line in lines)
 
@@ -115,6 +138,12 @@ def test_the_list_of_rows(capsys, tmp_path):
     line = next(line for line in lines if line.startswith("cactus-maml-bigan "))
     assert "58.18 / 78.66 / 35.56 / 58.62" in line and "not run" in line and "one GPU" in line
     assert any("embedding BiGAN of omniglot: 400 epochs" in line for line in lines)
+    at = lines.index("more rows, by name (--rows):")
+    first, more = ({line.split()[0] for line in part} for part in (lines[:at], lines[at:]))
+    assert "knn-acai" in first and {"oracle-maml-5way", "knn-acai-short", "ridge-bigan"} <= more and not first & more
+    assert main(["reproduce", "cactus", "--list", "--results", str(tmp_path)]) == 0
+    slugs = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert {row.slug for row in rows.ROWS if row.paper == "cactus"} <= slugs
     assert main(["reproduce", "cactus", "--table", "8", "--list", "--rows", "oracle-maml-5way"]) == 0
     assert "not printed" not in capsys.readouterr().out
 

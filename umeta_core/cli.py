@@ -268,11 +268,12 @@ def _print_cells(cells: list[dict]) -> None:
 
 
 def _reproduce(arguments) -> None:
-    from .rows import select_rows
+    from .rows import more_rows, select_rows
 
     rows = select_rows(arguments.paper, arguments.table, arguments.rows, arguments.dataset)
     if arguments.list:
-        _print_list(rows, results.results_folder(arguments.results))
+        more = [] if arguments.rows else more_rows(arguments.paper, arguments.table, arguments.dataset)
+        _print_list(rows, more, results.results_folder(arguments.results))
         return
     folder = results.results_folder(arguments.results).resolve()
     check_device(arguments.device)
@@ -282,31 +283,40 @@ def _reproduce(arguments) -> None:
         print(results.table_text(arguments.paper, arguments.table, arguments.dataset, True, folder))
 
 
-def _print_list(rows, folder: Path) -> None:
-    """What each row is, what the paper prints, what has been measured, and what it costs; then the embeddings."""
-    from .experiments import expected_seconds
-    from .rows import EMBEDDINGS
+def _print_list(rows, more, folder: Path) -> None:
+    """What each row is, what the paper prints, what has been measured, and what it costs; then the embeddings.
+
+    `more` rows follow, which run when they are asked for by name.
+    """
+    from .experiments import embedding_seconds
 
     paper = rows[0].paper
     numbers, records = results.published(paper, folder), results.read_records(paper, folder)
-    width = max(len(row.slug) for row in rows)
-    for row in rows:
-        mine = [n for n in numbers if (n["way"], n["shot"]) in row.tests and results.matches(n, vars(row))]
-        cells = {(n["way"], n["shot"]): n["value"] for n in sorted(mine, key=lambda n: n["table"] == row.table)}
-        printed = " / ".join(str(value) for value in cells.values()) or "not printed"
-        runs = sorted((r for r in records if r["row"] == row.slug), key=lambda r: (r["scale"], r["seed"]))
-        state = ", ".join(_state(r, row.budget(r["scale"])) for r in runs) or "not run"
-        core, gpu = (expected_seconds(row, "full", device) for device in ("cpu", "cuda"))
-        cost, gpu = _duration(core and TWO_CORES * core), _duration(gpu)
-        print(f"{row.slug:{width}}  table {row.table:6} paper {printed:30} {state}; "
-              f"2 cores {cost}, one GPU {gpu}")
-    used = {(row.embedding, row.dataset) for row in rows}
-    for (name, dataset), plan in EMBEDDINGS.items():
-        if (name, dataset) in used:
-            known = _duration(plan.seconds and plan.seconds * plan.epochs["full"])
-            epochs = f"{plan.epochs['full']} epochs"
-            print(f"  embedding {name} of {dataset}: {epochs}, one thread {known}; shared by its rows")
+    width = max(len(row.slug) for row in (*rows, *more))
+    for row in (*rows, *more):
+        if row in more[:1]:
+            print("more rows, by name (--rows):")
+        print(f"{row.slug:{width}}  {_row_line(row, numbers, [r for r in records if r['row'] == row.slug])}")
+    embedded = [row for row in (*rows, *more) if row.needs_embedding]
+    for row in {(row.fitted or row.embedding, row.dataset): row for row in embedded}.values():
+        epochs, known = row.plan.epochs["full"], _duration(embedding_seconds(row, "full"))
+        cost = f"{epochs} epochs, one thread {known}" if not row.plan.brought else "fitted by others"
+        print(f"  embedding {row.fitted or row.embedding} of {row.dataset}: {cost}; shared by its rows")
     print("costs are full runs without the embedding and its partitions; GPU figures are planned, not measured")
+
+
+def _row_line(row, numbers: list[dict], records: list[dict]) -> str:
+    """What the list says of a row: table, published numbers, its records, time."""
+    from .experiments import expected_seconds
+
+    mine = [n for n in numbers if (n["way"], n["shot"]) in row.tests and results.matches(n, vars(row))]
+    cells = {(n["way"], n["shot"]): n["value"] for n in sorted(mine, key=lambda n: n["table"] == row.table)}
+    printed = " / ".join(str(value) for value in cells.values()) or "not printed"
+    runs = sorted(records, key=lambda r: (r["scale"], r["seed"]))
+    state = ", ".join(_state(r, row.budget(r["scale"])) for r in runs) or "not run"
+    core, gpu = (expected_seconds(row, "full", device) for device in ("cpu", "cuda"))
+    cost = f"2 cores {_duration(core and TWO_CORES * core)}, one GPU {_duration(gpu)}"
+    return f"table {row.table:6} paper {printed:30} {state}; {cost}"
 
 
 def _state(record: dict, steps: int) -> str:
@@ -316,10 +326,10 @@ def _state(record: dict, steps: int) -> str:
 
 
 def _print_plan(arguments, rows, folder: Path) -> list[Path]:
-    """One line per run with the time it will take, and the sum. Returns the records of runs that stopped early."""
-    from .experiments import expected_seconds
+    """One line per run, one per stage that must be made first, and their time. Returns records that stopped early."""
+    from .experiments import expected_seconds, missing_stages
 
-    todo, shortened, width = [], [], max(len(row.slug) for row in rows)
+    todo, stages, shortened, width = [], {}, [], max(len(row.slug) for row in rows)
     for row in rows:
         seconds = expected_seconds(row, arguments.scale, arguments.device)
         for seed in arguments.seeds:
@@ -327,17 +337,25 @@ def _print_plan(arguments, rows, folder: Path) -> list[Path]:
             ran = results.budget(results.read_record(record)) if record.exists() else 0
             steps = row.budget(arguments.scale)
             done = record.exists() and ran >= steps and not arguments.force
-            todo += [] if done else [seconds]
             state = "done" if done else _duration(seconds)
+            if not done:
+                todo.append(seconds)
+                there = arguments.runs / row.paper / "stages"
+                stages |= missing_stages(row, arguments.scale, seed, arguments.device, there)
             if record.exists() and ran < steps and not arguments.force:
                 checkpoint = arguments.runs / row.paper / f"{row.slug}-{arguments.scale}-seed{seed}.pt"
                 again = "goes on" if checkpoint.exists() else "again from the start"
                 state += f", {again}: the record has {ran:,} steps"
                 shortened.append(record)
             print(f"{row.slug:{width}}  {arguments.scale:6} seed {seed}  {steps:>7,} steps  {state}")
-    total = None if None in todo else sum(todo)
-    runs = len(rows) * len(arguments.seeds)
-    print(f"{len(todo)} of {runs} runs to do on {arguments.device}; one after another {_duration(total)}", flush=True)
+    for what, seconds in stages.values():
+        print(f"  before: {what}: {_duration(seconds)}")
+    times = [*todo, *(seconds for _, seconds in stages.values())]
+    known = [seconds for seconds in times if seconds is not None]
+    unknown = f", and {len(times) - len(known)} of unknown time" if len(known) < len(times) else ""
+    runs = f"{len(todo)} of {len(rows) * len(arguments.seeds)} runs"
+    first = f" and {len(stages)} {'stages' if len(stages) > 1 else 'stage'} before" if stages else ""
+    print(f"{runs} to do on {arguments.device}{first}; one after another {_duration(sum(known))}{unknown}", flush=True)
     return shortened
 
 

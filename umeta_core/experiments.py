@@ -16,6 +16,7 @@ from .attributes import AttributeTasks, attribute_prototypes
 from .augmentation import AugmentedTasks, auto_augment, umtra_drawings
 from .baselines import ClusterMatching, LinearClassifier, MLPClassifier, NearestMean, NearestNeighbors, Ridge, tune
 from .data import ImageSet, join
+from .embeddings.base import read
 from .episodes import MixedTasks, PartitionTasks
 from .evaluation import Evaluation, evaluate, evaluate_curve
 from .latent_tasks import LatentTasks
@@ -26,7 +27,7 @@ from .networks import MLP, Conv4, LinearHead
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
 from .rows import Row, embedding_plan
-from .stages import centroids, fit_embedding, fitted_by, make_partitions, shown
+from .stages import centroids, fit_embedding, fit_file, fitted_by, make_partitions, shown, stage_files, vectors_file
 from .training import train
 
 NOTEBOOKS = REPOSITORY / "notebooks" / "experiments"
@@ -352,6 +353,46 @@ def expected_seconds(row: Row, scale: str, device="cpu") -> float | None:
     steps = row.options.get("test_steps", 1)  # an adaptation step passes the support images only
     images = sum(way * (shot * steps + (row.test_query or 600)) for way, shot in row.tests)
     return 15 + row.budget(scale) * (per_step + per_way * row.way) + row.test_tasks[scale] * images * per_image
+
+
+def embedding_seconds(row: Row, scale: str, device="cpu", done: int = 0) -> float | None:
+    """Rough seconds of fitting the row's embedding with one thread, `done` epochs of it being there; None: unknown."""
+    left = row.plan.epochs[scale] - done
+    if left <= 0 or row.plan.seconds is None or torch.device(device).type == "cuda":
+        return 0.0 if left <= 0 else None
+    return left * row.plan.seconds / (10 if scale == "smoke" else 1)  # at smoke it sees a tenth of the images or less
+
+
+def missing_stages(row: Row, scale: str, seed: int, device="cpu", folder=None) -> dict:
+    """What must be made before the row can run, {file: (what it is, rough seconds or None if unknown)}.
+
+    Rows that share a stage name the same file.
+    """
+    missing = [path for path in stage_files(row, scale, seed, folder) if not path.exists()]
+    partitions = [path for path in missing if "-partitions-" in path.name]
+    found, clustered = {}, vectors_file(row, "train", scale, folder)
+    if row.needs_embedding and (missing != partitions or (partitions and not clustered.exists())):
+        found[fit_file(row, scale, folder)] = _missing_fit(row, scale, device, folder)
+    return found | {path: _missing_partitions(row, scale, seed, device) for path in partitions}
+
+
+def _missing_fit(row: Row, scale: str, device, folder) -> tuple[str, float | None]:
+    name, epochs = f"{row.fitted or row.embedding} of {row.dataset}", row.plan.epochs[scale]
+    path = fit_file(row, scale, folder)
+    if row.plan.brought:
+        return f"embedding {name}, fitted by others", 0.0
+    done = read(path).get("epoch", 0) if path.exists() else 0
+    what = f"embedding {name}, {epochs} epochs" + (f" of which {done} are done" if done else "")
+    return what, embedding_seconds(row, scale, device, done)
+
+
+def _missing_partitions(row: Row, scale: str, seed: int, device) -> tuple[str, float | None]:
+    many = "1 partition" if row.stack(scale) == 1 else f"{row.stack(scale)} partitions"
+    what = f"{many} of {row.fitted or row.embedding} of {row.dataset}, {row.source}, seed {seed}"
+    if row.source == "hyperplanes" or row.clusters > 500 or torch.device(device).type == "cuda":
+        return what, None
+    restarts = 10 if row.partitions == 1 else 3 if row.learner == "protonets" else 1
+    return what, 1.5 * row.stack(scale) * restarts * max(row.clusters, 50) / 500  # see benchmarks/kmeans.py
 
 
 def execute_notebook(row: Row, scale: str, seed: int, device="cpu", threads=1, folder=None, runs="runs", restart=False):

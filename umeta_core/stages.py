@@ -90,6 +90,11 @@ def _stem(embedding: str, dataset: str, scale: str, folder) -> Path:
     return stages_folder(folder) / f"{words}-{scale}"
 
 
+def fit_file(row: Row, scale: str, folder=None) -> Path:
+    """The checkpoint of the fit of the row's embedding, which all views of one network share."""
+    return Path(f"{_stem(row.plan.weights_of or row.fitted or row.embedding, row.dataset, scale, folder)}.pt")
+
+
 def vectors_file(row: Row, split: str, scale: str, folder=None) -> Path:
     return Path(f"{stem(row, scale, folder)}-vectors-{split}.pt")
 
@@ -168,7 +173,7 @@ def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True
     plan = row.plan
     if plan.kind == "file":
         raise FileNotFoundError(wanted_vectors(row, scale, folder))
-    path = Path(f"{_stem(plan.weights_of or row.fitted or row.embedding, row.dataset, scale, folder)}.pt")
+    path = fit_file(row, scale, folder)
     data = images_of(row, "train", device)
     model = build_embedding(plan, *data.images.shape[1:3], path=path).to(device)
     model.options = embedding_plan(plan.weights_of, row.dataset).options if plan.weights_of else plan.options
@@ -182,7 +187,7 @@ def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True
 
 def fitted_by(row: Row, scale: str, folder=None) -> list[dict]:
     """Commit, device and versions of each process that worked on the fit of the row's embedding, if known."""
-    path = Path(f"{_stem(row.plan.weights_of or row.fitted or row.embedding, row.dataset, scale, folder)}.pt")
+    path = fit_file(row, scale, folder)
     return read(path).get("made_by", []) if path.is_file() else []
 
 

@@ -10,7 +10,8 @@ from . import cactus, lasium, leo, meta_gmvae
 from .base import Row
 from .plans import EMBEDDINGS, EmbeddingPlan, embedding_plan
 
-__all__ = ["EMBEDDINGS", "ROWS", "EmbeddingPlan", "Row", "embedding_plan", "find_row", "on_dataset", "select_rows"]
+__all__ = ["EMBEDDINGS", "ROWS", "EmbeddingPlan", "Row", "embedding_plan", "find_row", "more_rows", "on_dataset",
+           "select_rows"]  # fmt: skip
 
 ROWS = (*cactus.ROWS, *leo.ROWS, *lasium.ROWS, *meta_gmvae.ROWS)
 
@@ -74,3 +75,10 @@ def select_rows(paper: str, table=None, names: str | None = None, dataset: str |
         there = ", ".join(row.slug for row in ROWS if row.paper == paper) or "none yet"
         raise ValueError(f"no row of {paper} fits; its rows: {there}")
     return rows
+
+
+def more_rows(paper: str, table=None, dataset: str | None = None) -> list[Row]:
+    """The rows that `select_rows` finds only by name."""
+    every = ",".join(row.slug for row in ROWS if row.paper == paper)
+    printed = {row.slug for row in select_rows(paper, table, None, dataset)}
+    return [row for row in select_rows(paper, table, every, dataset) if row.slug not in printed]

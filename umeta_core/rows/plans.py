@@ -26,6 +26,10 @@ class EmbeddingPlan:
     seconds: float | None = None
     deviation: str = ""
 
+    @property
+    def brought(self) -> bool:
+        """Whether others have fitted it."""
+        return self.kind in ("file", "given", "vgg19")
 
 
 def _epochs(smoke: int, quick: int, full: int) -> dict:
