@@ -263,11 +263,13 @@ def test_reproduce_runs_records_and_resumes(tmp_path):
 
     path = Path(record["file"])  # as if that run had stopped early; and another row of the same table
     path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 1}))
-    both = "oracle-protonets,knn-random-network"
+    both = "oracle-protonets,matching-random-network"
     other = umeta(*((both if a == "oracle-protonets" else a) for a in arguments))
     assert other.returncode == 0 and "goes on: the record has 1 steps" in other.stdout, other.stdout + other.stderr
     found = {r["row"]: r["steps"] for r in results.read_records("cactus", tmp_path / "results")}
-    assert found == {"oracle-protonets-glyphs": 3, "knn-random-network-glyphs": 0}
+    assert found == {"oracle-protonets-glyphs": 3, "matching-random-network-glyphs": 0}
+    vectors = {path.stem.split("-")[-1] for path in folder.glob("stages/*-vectors-*.pt")}
+    assert vectors == {"train", "test"}  # what is not tuned needs no validation images
 
 
 @pytest.mark.slow

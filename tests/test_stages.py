@@ -182,6 +182,24 @@ def test_the_vectors_of_imagenet_are_read_from_the_files_that_the_error_names(tm
         assert (stages.vectors(row, split, "full", folder=tmp_path) == number).all()
 
 
+def test_a_row_asks_for_validation_images_only_if_it_needs_them(tmp_path, monkeypatch):
+    def splits(slug):
+        return [path.stem.split("-")[-1] for path in stages.stage_files(find_row(slug), "full", 0, tmp_path)]
+
+    assert splits("nearest-mean-bigan-celeba") == ["test"]
+    assert splits("matching-bigan-celeba") == ["train", "test"]
+    assert splits("linear-bigan-celeba") == ["val", "test"]
+    assert splits("leo-1shot") == ["train", "val", "test"]
+    assert splits("cactus-maml-bigan-codes-mnist")[:2] == ["train", "test"]
+
+    def empty(name, split, **_):
+        raise ValueError(f"{name} {split!r} is empty in packs")
+
+    monkeypatch.setattr(stages, "load", empty)
+    with pytest.raises(ValueError, match="'val' is empty in packs. knn-bigan-celeba needs validation images; rows of"):
+        stages.vectors(find_row("knn-bigan-celeba"), "val", "full", folder=tmp_path)
+
+
 def test_a_stage_that_nobody_needs_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no row needs"):
         stages.run_stage([find_row("random-maml")], "smoke", [0], tmp_path / "x.pt")

@@ -128,8 +128,7 @@ def stage_files(row: Row, scale: str, seed: int, folder=None) -> list[Path]:
     """The files that must be there before the row can run without fitting or clustering anything itself."""
     files = []
     if row.needs_embedding and row.inputs == "embeddings":
-        splits = ("train", "val", "test") if row.trained or row.learner != "maml" else ("test",)
-        files += [vectors_file(row, split, scale, folder) for split in splits]
+        files += [vectors_file(row, split, scale, folder) for split in row.splits]
     if (row.needs_embedding or row.embedding) and row.source in ("clusters", "hyperplanes", "mixed"):
         files.append(partitions_file(row, scale, seed, folder))
     if row.source == "latent":
@@ -143,7 +142,7 @@ def run_stage(rows: list[Row], scale: str, seeds: list[int], path, device="cpu",
     tune_cpu()
     torch.set_num_threads(threads)
     for row in rows:
-        for split in ("train", "val", "test") if row.needs_embedding else ():
+        for split in ("train", *row.splits) if row.needs_embedding else ():
             if path == vectors_file(row, split, scale, path.parent):
                 vectors(row, split, scale, device, path.parent)
                 return
@@ -159,9 +158,15 @@ def run_stage(rows: list[Row], scale: str, seeds: list[int], path, device="cpu",
 
 
 def images_of(row: Row, split: str, device="cpu") -> ImageSet:
-    """A split of the row's dataset under the row's protocol."""
+    """A split of the row's dataset under the row's protocol. ValueError: this copy of the dataset has none of it."""
     name = row.dataset.removesuffix("_identity")  # CelebA's classes are people, unless a row asks for attributes
-    return load(name, split, protocol=row.split_protocol, device=device)
+    try:
+        return load(name, split, protocol=row.split_protocol, device=device)
+    except ValueError as error:
+        if split != "val" or "is empty" not in str(error):
+            raise
+        raise ValueError(f"{error}. {row.slug} needs validation images; rows of which nothing is tuned, for example "
+                         "nearest-mean and matching, run without") from None  # fmt: skip
 
 
 def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True) -> Embedding:

@@ -103,6 +103,13 @@ class Row:
         return "val" if self.search else "test"
 
     @property
+    def splits(self) -> tuple:
+        """The splits whose images the row uses: "val" only if it is tuned, stopped early or trained on it."""
+        used = {"test", self.test_split, *(self.train_splits if self.trained or self.learner == "matching" else ())}
+        used |= {"val"} if self.validation or self.learner in ("knn", "linear", "mlp", "ridge") else set()
+        return tuple(split for split in ("train", "val", "test") if split in used)
+
+    @property
     def plan(self) -> EmbeddingPlan:
         """How the row's embedding is fitted."""
         return embedding_plan(self.fitted or self.embedding, self.dataset)
