@@ -6,11 +6,11 @@ import pickle
 import pytest
 import torch
 
-from umeta_core import stages
+from umeta_core import experiments, stages
 from umeta_core.data import load
 from umeta_core.embeddings.base import read, write_atomically
 from umeta_core.experiments import run_row, some_labels, training_tasks
-from umeta_core.results import check_record, compare, read_records
+from umeta_core.results import check_record, compare, is_reduced, read_records
 from umeta_core.rows import EMBEDDINGS, ROWS, embedding_plan, find_row
 
 
@@ -94,6 +94,8 @@ def test_published_embeddings_replace_images(tmp_path):
     short = dataclasses.replace(row, at_most=2, **few)
     record = run_row(short, "full", folder=tmp_path, stages=tmp_path / "stages")
     assert record["cells"][0]["query"] == 29
+    assert record["images"] == {"train": 180, "val": 180, "test": 180}
+    assert "a part of the data (180 of 38,400 train images" in record["deviation"]
     (tmp_path / "val_embeddings.pkl").unlink()
     with pytest.raises(FileNotFoundError, match="no .*val_embeddings.pkl"):
         stages.import_embeddings(row, tmp_path, tmp_path / "stages")
@@ -198,6 +200,20 @@ def test_a_row_asks_for_validation_images_only_if_it_needs_them(tmp_path, monkey
     monkeypatch.setattr(stages, "load", empty)
     with pytest.raises(ValueError, match="'val' is empty in packs. knn-bigan-celeba needs validation images; rows of"):
         stages.vectors(find_row("knn-bigan-celeba"), "val", "full", folder=tmp_path)
+
+
+def test_a_part_of_the_data_is_recorded_and_reduces_a_run(monkeypatch):
+    few = {"train": range(162_770), "val": range(19_867), "test": range(120)}
+    monkeypatch.setattr(experiments, "shown", lambda row, split, *_, **__: (few[split], None))
+    found = experiments.images_record(find_row("cactus-maml-bigan-celeba"), "full")
+    assert found["images"] == {"train": 162_770, "test": 120}
+    assert found["deviation"] == "a part of the data (120 of 19,962 test images)"
+    assert is_reduced({"scale": "full", "steps": 5, "paper_steps": 5, **found})
+    few["test"] = range(19_962)
+    found = experiments.images_record(find_row("cactus-maml-bigan-celeba"), "full")
+    assert found["deviation"] == "" and not is_reduced({"scale": "full", "steps": 5, "paper_steps": 5, **found})
+    five_way = experiments.images_record(find_row("oracle-maml-5way"), "full")  # any number of Omniglot's images
+    assert five_way["deviation"] == "trained on 5-way tasks"
 
 
 def test_a_stage_that_nobody_needs_is_refused(tmp_path):

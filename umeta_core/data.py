@@ -295,6 +295,14 @@ COUNTS = {
     "celeba": {"all": (10177, 202599)},
     "digits": {"all": (10, 1797)},
 }
+CELEBA = {"train": 162_770, "val": 19_867, "test": 19_962}  # images of the official partition
+
+
+def official(name, split):
+    """How many images the whole split has, or None where that depends on a protocol (or on fonts)."""
+    if name == "celeba":
+        return CELEBA[split]
+    return COUNTS.get(name, {}).get(split, (None, None))[1]
 
 
 def datasets():

@@ -15,7 +15,7 @@ import torch
 from .attributes import AttributeTasks, attribute_prototypes
 from .augmentation import AugmentedTasks, auto_augment, umtra_drawings
 from .baselines import ClusterMatching, LinearClassifier, MLPClassifier, NearestMean, NearestNeighbors, Ridge, tune
-from .data import ImageSet, join
+from .data import ImageSet, join, official
 from .embeddings.base import read
 from .episodes import MixedTasks, PartitionTasks
 from .evaluation import Evaluation, evaluate, evaluate_curve
@@ -299,7 +299,7 @@ def run_row(
         "seconds": round(history["seconds"], 1), "test_seconds": round(time.perf_counter() - started, 1),
         "history": _thinned(history), "validation": history.get("validation", []),
         "protocol": plain(row.protocol()), "notebook": notebook,
-        **embedding_record(row, scale, stages), **origin,
+        **embedding_record(row, scale, stages), **images_record(row, scale, stages), **origin,
     }  # fmt: skip
     write_record(record, folder)
     return record
@@ -315,6 +315,15 @@ def embedding_record(row: Row, scale: str, stages=None) -> dict:
     paper = embedding_plan(row.embedding if name == "features" else name, row.dataset).epochs["full"]
     return {"embedding_fit": {"options": plain(plan.options), "epochs": plan.epochs[scale], "batch": plan.batch,
                               "paper_epochs": paper, "seed": 0, "made_by": fitted_by(row, scale, stages)}}  # fmt: skip
+
+
+def images_record(row: Row, scale: str, stages=None) -> dict:
+    """How many images of each split the row uses, and its departures from the paper: with a part of the data, that."""
+    images = {split: len(shown(row, split, scale, folder=stages)[0]) for split in row.splits}
+    whole = {split: official(row.dataset.removesuffix("_identity"), split) for split in images}
+    short = [f"{n:,} of {whole[split]:,} {split} images" for split, n in images.items() if n < (whole[split] or 0)]
+    part = [f"a part of the data ({', '.join(short)})"] if short else []
+    return {"images": images, "deviation": "; ".join([*filter(None, [row.departs]), *part])}
 
 
 def plain(protocol: dict) -> dict:
