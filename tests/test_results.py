@@ -152,6 +152,18 @@ def test_early_stopping_is_no_smaller_budget(tmp_path):
     assert "stopped early, 9,000 of 30,000 steps" in table_markdown("cactus", "8", folder=tmp_path)
 
 
+def test_a_cell_of_fewer_tasks_is_reduced(tmp_path):
+    few = record(row="scratch", method="Training from scratch", embedding="N/A", variant="", accuracy=52.5)
+    published_ = next(n for n in published("cactus") if n["method"] == few["method"] and n["table"] == "8")
+    few |= {name: published_[name] for name in ("embedding", "variant")}
+    few["cells"].append(few["cells"][0] | {"way": 20, "accuracy": 24.91, "tasks": 300})
+    write_record(few, tmp_path)
+    assert number(tmp_path, method=few["method"])["verdict"] == "reproduced"
+    assert number(tmp_path, way=20, method=few["method"])["verdict"] == "reduced budget"
+    assert "| reduced budget; 300 of 1000 tasks |" in table_markdown("cactus", "8", folder=tmp_path)
+    assert results.is_reduced(few) is False
+
+
 def test_main_text_tables_join_with_fewer_settings(tmp_path):
     method = "CACTUs-MAML"
     write_record(record(row="cactus-maml", method=method, embedding="ACAI", variant="d=256;P=100;k=500"), tmp_path)

@@ -230,9 +230,17 @@ def _settings(variant: str) -> set:
     return {part.split(":")[0].strip() for part in variant.split(";") if part.strip()}
 
 
-def is_reduced(record: dict) -> bool:
-    """Whether a run was smaller than the paper's: a smaller scale, a smaller budget, or a departure that is stated."""
-    return record["scale"] != "full" or budget(record) < record["paper_steps"] or bool(record.get("deviation"))
+def is_reduced(record: dict, cell: dict | None = None) -> bool:
+    """Whether a run was smaller than the paper's: a smaller scale, a smaller budget, or a departure that is stated.
+
+    A `cell` of the record is reduced also if it was measured on fewer tasks than another one.
+    """
+    few = cell is not None and cell["tasks"] < _most_tasks(record)
+    return few or record["scale"] != "full" or budget(record) < record["paper_steps"] or bool(record.get("deviation"))
+
+
+def _most_tasks(record: dict) -> int:
+    return max(cell["tasks"] for cell in record["cells"])
 
 
 def budget(record: dict) -> int:
@@ -244,9 +252,10 @@ def compare(paper: str, table=None, dataset: str | None = None, folder=None) -> 
     """Join every published number of a table with our records.
 
     Returns one dict per number with ``paper, paper_ci, ours, ci95, spread, difference, verdict``, the settings of the
-    number, and ``seeds, scale, steps, budget, paper_steps, deviation, files`` of the records behind ``ours`` (the mean
-    over seeds). Where several runs measure the same number the largest counts. What we ran and the paper lacks follows,
-    without a published value. ``dataset`` keeps one dataset by our name; it may be one that the paper does not have.
+    number, and ``seeds, scale, steps, budget, paper_steps, tasks, deviation, files`` of the records behind ``ours``
+    (the mean over seeds); ``tasks`` is a pair, those of the cell and those of the record's largest cell. Where several
+    runs measure the same number the largest counts. What we ran and the paper lacks follows, without a published value.
+    ``dataset`` keeps one dataset by our name; it may be one that the paper does not have.
 
     Raises ValueError, naming the tables there are, for an unknown table.
     """
@@ -277,7 +286,7 @@ def _compared(number: dict, records: list[dict]) -> dict:
     settings = ("table", "dataset", "method", "embedding", "variant", "way", "shot", "metric", "notes")
     row = {name: number[name] for name in settings}
     row.update(paper=number["value"], paper_ci=number["ci"], ours=None, ci95=None, spread=None, difference=None)
-    row.update(seeds=[], scale=None, steps=None, budget=None, paper_steps=None, deviation="", files=[])
+    row.update(seeds=[], scale=None, steps=None, budget=None, paper_steps=None, tasks=None, deviation="", files=[])
     runs = _largest_run(number, records)
     if runs:
         cells = [cell for _, cell in runs]
@@ -290,7 +299,8 @@ def _compared(number: dict, records: list[dict]) -> dict:
         row.update(seeds=[record["seed"] for record, _ in runs], files=[record["file"] for record, _ in runs])
         row.update(scale=first["scale"], steps=min(record["steps"] for record, _ in runs))
         row.update(budget=budget(first), paper_steps=first["paper_steps"], deviation=first.get("deviation", ""))
-    reduced = any(is_reduced(record) for record, _ in runs)
+        row["tasks"] = min((cell["tasks"], _most_tasks(record)) for record, cell in runs)
+    reduced = any(is_reduced(record, cell) for record, cell in runs)
     row["verdict"] = verdict(row["paper"], row["paper_ci"], row["ours"], row["ci95"], row["spread"], reduced)
     return row
 
@@ -330,6 +340,8 @@ def _cells(row: dict) -> tuple:
     if row["ours"] is not None and row["steps"] < row["paper_steps"]:
         early = "stopped early, " if row["steps"] < row["budget"] else ""
         verdict_text += f"; {early}{row['steps']:,} of {row['paper_steps']:,} steps"
+    if row["tasks"] and row["tasks"][0] < row["tasks"][1]:
+        verdict_text += f"; {row['tasks'][0]} of {row['tasks'][1]} tasks"
     if row["deviation"]:
         verdict_text += f"; {row['deviation']}"
     if len(row["seeds"]) > 1:
