@@ -88,6 +88,14 @@ def test_vectors_do_not_depend_on_their_company(tmp_path, model):
     assert torch.equal(fresh[type(model).__name__].restore(tmp_path / "m.pt").embed(images), z)
 
 
+@pytest.mark.parametrize("model", [
+    small(), ConvBiGAN(1, 28, 5, width=4, crop=16), PCAPixels(d=20), RandomNetwork(filters=4, generator=seeded()),
+])  # fmt: skip
+def test_images_of_another_shape_are_refused(model):
+    with pytest.raises(ValueError, match=r"takes images of \(1, 28, 28\), these are \(1, 29, 28\); resize them"):
+        model.embed(pictures(3)[:, :, :1].expand(-1, -1, 29, -1))
+
+
 def test_pca_pixels_are_those_of_scikit_learn():
     decomposition = pytest.importorskip("sklearn.decomposition")
     images = pictures(300)

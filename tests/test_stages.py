@@ -171,6 +171,31 @@ def test_vectors_of_other_images_are_refused(tmp_path):
         stages.vectors(row, "val", "smoke", folder=tmp_path)
 
 
+def test_files_of_other_images_or_of_something_else_are_refused(tmp_path, monkeypatch):
+    row, n = find_row("knn-bigan", "glyphs"), len(load("glyphs", "val"))
+    path = stages.vectors_file(row, "val", "smoke", tmp_path)
+    write_atomically({"vectors": torch.zeros(n, 200)}, path)
+    with pytest.raises(ValueError, match="val.pt holds no vectors .* under 'z'; delete it"):
+        stages.vectors(row, "val", "smoke", folder=tmp_path)
+    write_atomically({"z": torch.zeros(n, 200), "images": stages.fingerprint(load("glyphs", "val"))}, path)
+    assert stages.vectors(row, "val", "smoke", folder=tmp_path).shape == (n, 200)
+    other = load("glyphs", "val")
+    other.images = other.images.flip(0)
+    monkeypatch.setattr(stages, "images_of", lambda *_: other)
+    with pytest.raises(ValueError, match="val.pt was made of other images than those of glyphs val now; delete it"):
+        stages.vectors(row, "val", "smoke", folder=tmp_path)
+    wide, clustered = find_row("knn-bigan-mnist"), find_row("cactus-maml-bigan", "glyphs")
+    write_atomically({"z": torch.zeros(n, 49)}, stages.vectors_file(wide, "val", "smoke", tmp_path))
+    with pytest.raises(ValueError, match="vectors of 49 numbers but knn-bigan-mnist has d=50"):
+        stages.vectors(wide, "val", "smoke", folder=tmp_path)
+    path = stages.partitions_file(clustered, "smoke", 0, tmp_path)
+    write_atomically({"partitions": torch.zeros(2, n), "images": "another"}, path)
+    with pytest.raises(ValueError, match="was made of other images"):
+        stages.make_partitions(clustered, "smoke", 0, folder=tmp_path)
+    write_atomically({"partitions": torch.zeros(2, n)}, path)  # an older file
+    assert stages.make_partitions(clustered, "smoke", 0, folder=tmp_path).shape == (2, n)
+
+
 def test_the_vectors_of_imagenet_are_read_from_the_files_that_the_error_names(tmp_path, monkeypatch):
     row = find_row("knn-deepcluster-imagenet")
     monkeypatch.setattr(stages, "images_of", lambda *_: load("glyphs", "val"))

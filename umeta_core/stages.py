@@ -7,6 +7,7 @@ make it anew.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import replace
@@ -21,7 +22,7 @@ from .embeddings.base import Embedding, read, write_atomically
 from .embeddings.deepcluster import pca_whitening
 from .packs import alone, cache_folder
 from .pickles import read_embeddings
-from .rows import EmbeddingPlan, Row, embedding_plan
+from .rows import EMBEDDINGS, EmbeddingPlan, Row, embedding_plan
 from .speed import tune_cpu
 
 
@@ -199,24 +200,53 @@ def fitted_by(row: Row, scale: str, folder=None) -> list[dict]:
 def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tensor:
     """The embedding ``[n, d]`` of a split, from its file if that exists.
 
-    Raises ValueError if the file is of other images.
+    Raises ValueError if the file is of other images, of another width, or no vectors at all.
     """
-    path, images = vectors_file(row, split, scale, folder), images_of(row, split, device).images
+    path, images = vectors_file(row, split, scale, folder), images_of(row, split, device)
     if path.exists():
-        z = read(path)["z"].to(device)
-        if len(z) != len(images):
-            raise ValueError(f"{path} embeds {len(z)} images but {row.dataset} {split} has {len(images)}; "
+        stored = _stored_vectors(path, row)
+        if len(stored["z"]) != len(images):
+            raise ValueError(f"{path} embeds {len(stored['z'])} images but {row.dataset} {split} has {len(images)}; "
                              "delete it to embed again")  # fmt: skip
-        return z
+        _check_images(path, stored, images)
+        return stored["z"].to(device)
     model = fit_embedding(row, scale, device, folder)
-    z = model.embed(images)
+    z = model.embed(images.images)
     if row.plan.whiten:
         basis = z if split == "train" else model.embed(images_of(row, "train", device).images)
         mean, matrix = pca_whitening(basis, model.d)
         z = (z - mean) @ matrix
     z = torch.nn.functional.normalize(z, dim=1) if row.plan.normalize else z
-    write_atomically({"z": z.cpu()}, path)
+    write_atomically({"z": z.cpu(), "images": fingerprint(images)}, path)
     return z
+
+
+def _stored_vectors(path: Path, row: Row) -> dict:
+    """What is in a file of vectors, "z" ``[n, d]`` and more. ValueError: no vectors, or not as wide as the row says."""
+    stored = read(path)
+    z = stored.get("z")
+    if not torch.is_tensor(z) or z.dim() != 2:
+        raise ValueError(f"{path} holds no vectors [n, d] under 'z'; delete it to embed again")
+    said = re.search(r"\bd=(\d+)", row.variant) if (row.embedding, row.dataset) in EMBEDDINGS else None
+    d = int(said[1]) if said else z.shape[1]
+    if z.shape[1] != d:
+        raise ValueError(f"{path} holds vectors of {z.shape[1]} numbers but {row.slug} has d={d}; delete it to embed "
+                         "again")  # fmt: skip
+    return stored
+
+
+def fingerprint(images: ImageSet) -> str:
+    """A cheap checksum of a set: its shape, all labels, and every pixel of about 256 images."""
+    some = images.images[:: max(1, len(images) // 256)].contiguous().cpu()
+    words = (str(list(images.images.shape)).encode(), images.labels.cpu().numpy().tobytes(), some.numpy().tobytes())
+    return hashlib.sha256(b"".join(words)).hexdigest()[:16]
+
+
+def _check_images(path: Path, stored: dict, images: ImageSet) -> None:
+    """ValueError if the file is of other images; a file that does not say (an older one, or brought) passes."""
+    if "images" in stored and stored["images"] != fingerprint(images):
+        raise ValueError(f"{path} was made of other images than those of {images.name} {images.split} now; delete it "
+                         "to make it again")  # fmt: skip
 
 
 def shown(row: Row, split: str, scale: str, device="cpu", folder=None) -> tuple[ImageSet, Tensor | None]:
@@ -227,7 +257,7 @@ def shown(row: Row, split: str, scale: str, device="cpu", folder=None) -> tuple[
     if row.inputs == "images":
         return images_of(row, split, device), None
     path = vectors_file(row, split, scale, folder)
-    stored = read(path) if path.exists() else {}
+    stored = _stored_vectors(path, row) if path.exists() else {}
     if "labels" in stored:
         z, names = stored["z"].to(device), stored["class_names"]
         images = ImageSet(torch.empty(0), stored["labels"], names, [], row.dataset, split)
@@ -258,7 +288,10 @@ def import_embeddings(row: Row, source, folder=None) -> list[Path]:
 
 
 def make_partitions(row: Row, scale: str, seed: int, device="cpu", folder=None) -> Tensor:
-    """The row's partitions ``[P, n]`` of the training images, -1 = left out, from their file if it exists."""
+    """The row's partitions ``[P, n]`` of the training images, -1 = left out, from their file if it exists.
+
+    Raises ValueError if the file is of other images, or holds no partitions.
+    """
     k, many, least = clusters(row, scale), row.stack(scale), row.least()
     path = partitions_file(row, scale, seed, folder)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -266,8 +299,14 @@ def make_partitions(row: Row, scale: str, seed: int, device="cpu", folder=None) 
         return parts.random_partitions(len(images_of(row, "train", device)), k, many, generator)
     with alone(path):
         if not path.exists():
-            write_atomically({"partitions": _partitions(row, scale, k, many, least, generator, folder).cpu()}, path)
-    return read(path)["partitions"].to(device)
+            made = _partitions(row, scale, k, many, least, generator, folder).cpu()
+            write_atomically({"partitions": made, "images": fingerprint(images_of(row, "train"))}, path)
+    stored = read(path)
+    if "partitions" not in stored:
+        raise ValueError(f"{path} holds no partitions; delete it to cluster again")
+    if "images" in stored:
+        _check_images(path, stored, images_of(row, "train"))
+    return stored["partitions"].to(device)
 
 
 def _partitions(row: Row, scale: str, k: int, many: int, least: int, generator, folder) -> Tensor:

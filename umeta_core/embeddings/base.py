@@ -21,6 +21,7 @@ class Embedding(nn.Module):
     """
 
     d: int
+    takes: tuple | None = None  # [C, H, W] of the images, where another shape would not be noticed or fail obscurely
 
     def encode(self, x: Tensor) -> Tensor:
         """Vectors ``[n, d]`` of images ``[n, C, H, W]`` in [0, 1], each image on its own (averaged statistics)."""
@@ -72,7 +73,14 @@ class Embedding(nn.Module):
 
     @torch.no_grad()
     def embed(self, images: Tensor, chunk: int = 1000) -> Tensor:
-        """Vectors ``[n, d]``, float32, of uint8 images ``[n, C, H, W]``, on the images' device."""
+        """Vectors ``[n, d]``, float32, of uint8 images ``[n, C, H, W]``, on the images' device.
+
+        Raises ValueError for images of another shape than those it was made for.
+        """
+        shape = tuple(images.shape[1:])
+        if self.takes not in (None, shape):
+            raise ValueError(f"this {type(self).__name__} takes images of {self.takes}, these are {shape}; resize "
+                             "them, or fit an embedding to them")  # fmt: skip
         was = self.training
         self.eval()
         z = torch.cat([self.encode(x.float().div_(255)).float() for x in images.split(chunk)])

@@ -33,6 +33,7 @@ class BiGAN(Embedding):
     ):
         super().__init__()
         self.shape, self.d, self.logits, self.lr, self.decay = (channels, size, size), d, logits, lr, decay
+        self.takes = self.shape
         pixels = channels * size * size
         self.g = nn.ModuleList([_linear(d, hidden), _linear(hidden, hidden), _linear(d, hidden),
                                 _linear(hidden, pixels), *_norms(2, hidden)])  # fmt: skip
@@ -116,6 +117,7 @@ class ConvBiGAN(BiGAN):
         if size < crop:
             raise ValueError(f"{size}x{size} images are smaller than the {crop}x{crop} crops; load them larger")
         self.shape, self.d, self.logits, self.lr, self.decay = (channels, crop, crop), d, logits, lr, decay
+        self.takes = (channels, size, size)
         w, self.crop, self.side = width, crop, crop // 16
         widths = [8 * w, 4 * w, 2 * w, w]
         self.g = nn.ModuleDict({

@@ -20,7 +20,7 @@ class PCAPixels(Embedding):
         pixels = channels * size * size
         if d > pixels:
             raise ValueError(f"{channels}x{size}x{size} images have {pixels} pixels, fewer than d={d}; use a smaller d")
-        self.d = d
+        self.d, self.takes = d, (channels, size, size)
         self.register_buffer("mean", torch.zeros(pixels))
         self.register_buffer("projection", torch.zeros(pixels, d))
 
@@ -53,7 +53,7 @@ class RandomNetwork(Embedding):
     def __init__(self, channels=1, size=28, filters=64, generator: torch.Generator | None = None):
         super().__init__()
         self.network = Conv4(channels, size, filters=filters, downsample="stride", generator=generator)
-        self.d = self.network.features
+        self.d, self.takes = self.network.features, (channels, size, size)
 
     def fit(self, images: Tensor, *, epochs=1, batch=1000, seed=0, checkpoint=None, progress=True, **ignored) -> dict:
         """Ten batches for the statistics of batch norm; no weight moves."""
