@@ -266,6 +266,13 @@ def test_a_share_of_the_labels():
     assert int(training_tasks(row, "smoke", 0).usable(16)[1]) == round(0.1 * load("glyphs", "train").n_classes)
 
 
+def test_labels_are_mixed_in_proportion_to_the_images_behind_them():
+    row = find_row("mixed-protonets-10")
+    assert row.share == 0.1 and row.mix == pytest.approx(1 / 11)
+    assert row.protocol()["labeled_share"] == 0.1 and row.protocol()["labeled_tasks"] == row.mix
+    assert find_row("semi-supervised-imagenet").mix == pytest.approx(64 / (64 + 964))  # CACTUs, App. G
+
+
 def test_rows_that_cut_space_for_other_ways_do_not_share_partitions():
     twenty, five = find_row("hyperplanes-bigan"), find_row("hyperplanes-bigan-5way")
     assert twenty.way != five.way

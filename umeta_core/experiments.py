@@ -102,7 +102,7 @@ def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
         if row.source == "labels":
             return labeled
     clusters = PartitionTasks(images, make_partitions(row, scale, seed, device, folder), features)
-    return MixedTasks(labeled, clusters, row.share) if row.source == "mixed" else clusters
+    return MixedTasks(labeled, clusters, row.mix) if row.source == "mixed" else clusters
 
 
 def _training_images(row: Row, scale: str, device, folder) -> tuple[ImageSet, torch.Tensor | None]:

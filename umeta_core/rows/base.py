@@ -19,7 +19,8 @@ class Row:
     training tasks come from: "labels", "clusters" (of the embedding, or of pixels), "hyperplanes", "random", "mixed"
     (clusters and the labels of a share of the classes), "attributes", "augmented" (UMTRA), "latent" (of the generator
     `fitted`, with the arguments `latent` of `latent_tasks.LatentTasks`), "unlabeled" (sets of `shot` images, `way` 1).
-    `clusters` and `partitions` are k and P.
+    `clusters` and `partitions` are k and P; `share` of the classes are labeled, and `mix` is the probability that a
+    task of "mixed" is of labels.
 
     `steps` maps a scale to the number of meta-training steps; "full" is the paper's. `tasks`, `way`, `shot`, `query`,
     `lr` and `clip` are those of meta-training; `tests` are (way, shot) pairs, each measured on `test_tasks` tasks of
@@ -58,6 +59,7 @@ class Row:
     partitions: int = 0
     margin: float | None = None
     share: float = 0.0
+    mix: float = 0.5
     way: int = 20
     shot: int = 1
     lr: float = 1e-3
@@ -135,7 +137,7 @@ class Row:
         place |= {"clusters": self.clusters, "partitions": self.partitions} if self.partitions else {}
         place |= {} if self.margin is None else {"margin": self.margin}
         place |= self.latent
-        place |= {"labeled_share": self.share} if self.source == "mixed" else {}
+        place |= {"labeled_share": self.share, "labeled_tasks": self.mix} if self.source == "mixed" else {}
         place |= {"train_splits": self.train_splits} if self.train_splits != ("train",) else {}
         place |= {"validation": self.validation} if self.validation else {}
         normed = self.learner == "maml" and self.network.get("hidden") != () and not self.network.get("linear")

@@ -130,6 +130,11 @@ def _with_plan(row: Row, fitted: str, suffix: str) -> Row:
     return replace(row, slug=f"{row.slug}-{suffix}", fitted=fitted)
 
 
+def _labeled(share: float) -> dict:
+    """Labels for a share of the classes, and tasks in proportion to the images behind them: share to 1 (App. G)."""
+    return {"share": share, "mix": share / (1 + share)}
+
+
 def _imagenet() -> list[Row]:
     """Table 12: for who has ImageNet; see `umeta data info imagenet`."""
     options = _MAML | {"inner_lr": 0.001, "test_steps": 100}
@@ -144,21 +149,21 @@ def _imagenet() -> list[Row]:
         *probes,
         _maml("imagenet", "cactus-maml-deepcluster", "CACTUs-MAML", source="clusters", variant="d=256;P=1;k=10000",
               **maml, **clusters),
-        _maml("imagenet", "semi-supervised", "Semi-supervised MAML", source="mixed", share=64 / (64 + 964),
+        _maml("imagenet", "semi-supervised", "Semi-supervised MAML", source="mixed", **_labeled(64 / 964),
               variant="CACTUs tasks + 64 labeled miniImageNet classes", **maml, **clusters),
         _maml("imagenet", "oracle-maml", "Oracle-MAML (control)", variant="supervised;964 ImageNet classes", **maml),
     ]  # fmt: skip
 
 
 def _mixing() -> list[Row]:
-    """Labels of a few characters, alone and mixed with cluster tasks in proportion (CACTUs, App. G, hints at it)."""
+    """Labels of a few characters, alone and mixed with cluster tasks (CACTUs, App. G, hints at it)."""
     common = dict(way=5, steps={"smoke": 3, "quick": 400, "full": 10_000}, tests=((5, 1), (5, 5)), table="mixing")
     rows = []
     for percent in (1, 5, 10, 50):
         share = percent / 100
         rows += [
             _protonets("omniglot", f"mixed-protonets-{percent}", "Semi-supervised ProtoNets", source="mixed",
-                       share=share, embedding="BiGAN", clusters=500, partitions=100,
+                       **_labeled(share), embedding="BiGAN", clusters=500, partitions=100,
                        variant=f"CACTUs tasks + {percent} % of the characters labeled", **common),
             _protonets("omniglot", f"few-labels-protonets-{percent}", "Supervised ProtoNets", share=share,
                        variant=f"{percent} % of the characters labeled", **common),
