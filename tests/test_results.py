@@ -77,6 +77,13 @@ def test_every_number_of_a_paper_s_own_methods_has_its_row(paper, methods):
         assert any((n["way"], n["shot"]) in row.tests for row in fitting), n
 
 
+def test_curves_stand_for_no_number():
+    curves = [row for row in ROWS if row.table == "curves"]
+    assert {(row.clusters, row.partitions) for row in curves} == {
+        (50, 100), (200, 100), (2000, 100), (500, 1), (500, 10)}  # fmt: skip
+    assert not any(results.matches(n, vars(row)) for n in published("cactus") for row in curves)
+
+
 def test_trials_of_a_search_stand_for_no_number(tmp_path):
     trial = dict(row="leo-1shot-search", table="search", method="LEO (ours)", variant="random search; full",
                  paper="leo", dataset="mini_imagenet", embedding="WRN-28-10 layer-21 640-d center crop")  # fmt: skip

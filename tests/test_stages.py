@@ -255,6 +255,17 @@ def test_random_and_pixel_tasks_need_no_embedding(tmp_path):
     assert file.name == "pixels-glyphs-smoke-partitions-clusters-k50-P1-R6-seed0.pt"
 
 
+def test_more_clusters_than_can_be_large_are_no_error(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stages.parts, "cluster_partitions", lambda z, k, many, g, **more: asked.append(more))
+    for slug in ("cactus-protonets-bigan-k2000", "cactus-protonets-bigan-k50"):
+        row = find_row(slug, "glyphs")
+        n = len(load("glyphs", "train"))
+        write_atomically({"z": torch.zeros(n, 200)}, stages.vectors_file(row, "train", "quick", tmp_path))
+        stages._partitions(row, "quick", row.clusters, 10, row.least(), torch.Generator(), tmp_path)
+    assert [more["enough"] for more in asked] == [0.0, 0.8]
+
+
 def test_a_share_of_the_labels():
     images = load("glyphs", "val")
     some = some_labels(images, 0.1, 0)

@@ -321,7 +321,8 @@ def _partitions(row: Row, scale: str, k: int, many: int, least: int, generator, 
         return parts.cluster_partitions(z, k, many, generator, enough=0.0, restarts=1, **size)
     z = vectors(row, "train", scale, device, folder)
     rule = dict(enough=0.8, sizable=least, restarts=3 if many > 1 else None) if row.learner == "protonets" else {}
-    rule = dict(enough=0.0) if scale == "smoke" else rule
+    impossible = k * least > len(z)  # so many clusters cannot have R images each: those that do are used
+    rule = dict(enough=0.0) if scale == "smoke" or impossible else rule
     return parts.cluster_partitions(z, k, many, generator, **rule, **size)
 
 

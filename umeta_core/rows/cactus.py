@@ -1,4 +1,4 @@
-"""The rows of CACTUs: Tables 7 to 10 and 12, more baselines and embeddings, cheaper variants, the mixing experiment.
+"""The rows of CACTUs: Tables 7 to 10 and 12, more baselines and embeddings, cheaper variants, mixing, curves.
 
 Tables 5, 6 and 11 of the paper say how; what they do not say is from its code (see the chapter's ledger).
 """
@@ -174,6 +174,19 @@ def _mixing() -> list[Row]:
     return rows
 
 
+def _curves() -> list[Row]:
+    """Other numbers of clusters with P = 100, and of partitions with k = 500, which the paper does not vary.
+
+    The name of the method keeps them apart from the paper's numbers, of which some tables print neither k nor P.
+    """
+    settings = [(f"k{k}", k, 100) for k in (50, 200, 2000)] + [(f"p{p}", 500, p) for p in (1, 10)]
+    return [
+        _protonets("omniglot", f"cactus-protonets-bigan-{name}", "CACTUs-ProtoNets (curve)", embedding="BiGAN",
+                   source="clusters", clusters=k, partitions=p, variant=f"d=200;P={p};k={k}", table="curves")
+        for name, k, p in settings
+    ]  # fmt: skip
+
+
 def _five_way(row: Row) -> Row:
     """The same trained on 5-way tasks: a quarter of the cost, and another experiment."""
     return replace(row, slug=f"{row.slug}-5way", way=5, tests=((5, 1), (5, 5)), deviation="trained on 5-way tasks")
@@ -195,7 +208,7 @@ _OMNIGLOT = [
 ROWS = (
     *_OMNIGLOT,
     *(_five_way(row) for row in _OMNIGLOT if row.learner == "maml" and row.trained),
-    *_mixing(),
+    *_mixing(), *_curves(),
     *_controls("mnist"), *_mnist("ACAI"), *_mnist("BiGAN"), *_mnist("InfoGAN"),
     *(_with_plan(row, "short ACAI", "short") for row in _OMNIGLOT if row.embedding == "ACAI"),
     *(_with_plan(row, "small DeepCluster", "small") for row in (*_probes("mini_imagenet", "DeepCluster", 500),
