@@ -20,6 +20,8 @@ from harness import arguments, synchronize
 
 from umeta_core.partitions import kmeans, kmeans_batched, random_scalings
 
+FASTER, EXCESS, MEMORY = 3.5, 1, 4  # targets: times as fast, percent of the objective, GB
+
 
 def embedding(n: int, d: int, groups: int = 1200) -> torch.Tensor:
     """Points like an embedding: many overlapping groups of uneven width."""
@@ -78,12 +80,19 @@ def main():
             f"{100 * seconds:6.0f} s; inertia per point {inertia / args.points:.3f}"
         )
     ours, theirs = means.values()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    faster, excess = theirs[0] / ours[0], 100 * (ours[2] / theirs[2] - 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(
-        f"  umeta is {theirs[0] / ours[0]:.2f}x as fast by the clock, {theirs[1] / ours[1]:.2f}x in processor time; "
-        f"inertia {100 * (ours[2] / theirs[2] - 1):+.2f} %; peak memory of this process {peak:.2f} GiB",
+        f"  umeta is {faster:.2f}x as fast by the clock (target {FASTER}x: {met(faster >= FASTER)}), "
+        f"{theirs[1] / ours[1]:.2f}x in processor time; inertia {excess:+.2f} % (target at most {EXCESS} % more: "
+        f"{met(excess <= EXCESS)}); peak memory of this process {peak:.2f} GB (target {MEMORY} GB: "
+        f"{met(peak <= MEMORY)})",
         flush=True,
     )
+
+
+def met(reached: bool) -> str:
+    return "met" if reached else "missed"
 
 
 if __name__ == "__main__":
