@@ -98,7 +98,7 @@ def test_the_plan_counts_what_must_be_made_first(tmp_path, capsys):
     assert total == "2 of 2 runs to do on cpu and 2 stages before; one after another about 12.4 h"
     row = rows.find_row("cactus-protonets-bigan")
     assert [what.split(",")[0] for what, _ in experiments.missing_stages(row, "full", 0, folder=tmp_path).values()] == [
-        "embedding BiGAN of omniglot", "100 partitions of BiGAN of omniglot"]  # fmt: skip
+        "embedding BiGAN of omniglot", "100 partitions of BiGAN of omniglot by 500 clusters"]  # fmt: skip
     write_atomically({"epoch": 100}, stages.fit_file(row, "full", tmp_path))
     what, seconds = experiments.missing_stages(row, "full", 0, folder=tmp_path)[stages.fit_file(row, "full", tmp_path)]
     assert what.endswith("400 epochs of which 100 are done") and seconds == 300 * row.plan.seconds

@@ -27,7 +27,17 @@ from .networks import MLP, Conv4, LinearHead
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
 from .rows import Row, embedding_plan
-from .stages import centroids, fit_embedding, fit_file, fitted_by, make_partitions, shown, stage_files, vectors_file
+from .stages import (
+    centroids,
+    clusters,
+    fit_embedding,
+    fit_file,
+    fitted_by,
+    make_partitions,
+    shown,
+    stage_files,
+    vectors_file,
+)
 from .training import train
 
 NOTEBOOKS = REPOSITORY / "notebooks" / "experiments"
@@ -101,8 +111,8 @@ def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
         labeled = PartitionTasks(images, some_labels(images, row.share, seed) if row.share else None, features)
         if row.source == "labels":
             return labeled
-    clusters = PartitionTasks(images, make_partitions(row, scale, seed, device, folder), features)
-    return MixedTasks(labeled, clusters, row.mix) if row.source == "mixed" else clusters
+    clustered = PartitionTasks(images, make_partitions(row, scale, seed, device, folder), features)
+    return MixedTasks(labeled, clustered, row.mix) if row.source == "mixed" else clustered
 
 
 def _training_images(row: Row, scale: str, device, folder) -> tuple[ImageSet, torch.Tensor | None]:
@@ -397,8 +407,9 @@ def _missing_fit(row: Row, scale: str, device, folder) -> tuple[str, float | Non
 
 def _missing_partitions(row: Row, scale: str, seed: int, device) -> tuple[str, float | None]:
     many = "1 partition" if row.stack(scale) == 1 else f"{row.stack(scale)} partitions"
-    what = f"{many} of {row.fitted or row.embedding} of {row.dataset}, {row.source}, seed {seed}"
-    if row.source == "hyperplanes" or row.clusters > 500 or torch.device(device).type == "cuda":
+    into = "hyperplanes" if row.source == "hyperplanes" else f"{clusters(row, scale)} clusters"
+    what = f"{many} of {row.fitted or row.embedding} of {row.dataset} by {into}, R = {row.least()}, seed {seed}"
+    if row.source == "hyperplanes" or row.clusters > 2000 or torch.device(device).type == "cuda":
         return what, None
     restarts = 10 if row.partitions == 1 else 3 if row.learner == "protonets" else 1
     return what, 1.5 * row.stack(scale) * restarts * max(row.clusters, 50) / 500  # see benchmarks/kmeans.py
