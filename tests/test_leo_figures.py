@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from umeta_core import leo_figures
+from umeta_core.data import ImageSet
+from umeta_core.episodes import PartitionTasks
 from umeta_core.experiments import train_row
+from umeta_core.leo import LEO
 from umeta_core.rows import find_row
 
 
@@ -15,19 +18,48 @@ def test_percentiles_are_those_of_the_whole():
     assert leo_figures.percentiles(values) == pytest.approx([0.05, 0.25, 0.5, 0.75, 0.95], abs=0.05)
 
 
+def test_eigenvalues_are_compared_within_their_task():
+    """A task with little curvature keeps its eigenvalues beside one with much."""
+    eigenvalues = torch.tensor([[1.0, 0.5, 1e-7], [1e-8, 5e-9, 0.0]])
+    assert leo_figures.not_zero(eigenvalues).tolist() == pytest.approx([1.0, 0.5, 1e-8, 5e-9])
+
+
+def test_curvature_in_codes_needs_no_latent_steps():
+    """gen+ft of Fig. 5a: it takes no step on codes, but it has codes to be measured in."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(60, 8, generator=generator), dim=1)
+    images = ImageSet(torch.empty(60, 0), torch.arange(6).repeat_interleave(10), list("abcdef"), [], "x", "test")
+    learner, found = LEO(8, 4, latent_steps=0, generator=generator), {}
+    for c in (1, 10):
+        with torch.no_grad():
+            learner.decoder *= c
+            learner.relation[2] /= c
+        found[c] = leo_figures.analyze(learner, PartitionTasks(images, features=features), 1, 40, 0)["curvature"]
+    assert found[10]["weights"] == pytest.approx(found[1]["weights"], rel=1e-2)
+    assert found[10]["codes"] == pytest.approx([100 * v for v in found[1]["codes"]], rel=1e-2)
+
+
 @pytest.mark.slow
 def test_analysis_of_trained_rows(tmp_path, monkeypatch):
     slugs = [f"{name}-1shot-glyphs" for name in leo_figures.ANALYZED]
     for slug in slugs:
         train_row(find_row(slug), "smoke", 0, checkpoint=tmp_path / f"{slug}-smoke-seed0.pt", stages=tmp_path)
-    found = leo_figures.analysis(tmp_path, tmp_path, suffix="-glyphs", tasks=20, scale="smoke")
+    found = leo_figures.analysis(tmp_path, tmp_path, suffix="glyphs", tasks=20, scale="smoke")
     codes, weights, sgd = (found["rows"][name] for name in leo_figures.ANALYZED)
     assert [s["of"] for s in codes["steps"]] == ["code"] * 5 + ["weights"] * 5
     assert [s["of"] for s in weights["steps"]] == [s["of"] for s in sgd["steps"]] == ["weights"] * 5
-    assert len(codes["singular_values"]) == 64 and codes["curvature_of"] == "codes"
-    assert all(row["curvature"] == sorted(row["curvature"]) for row in found["rows"].values())
+    assert len(codes["singular_values"]) == 64
+    assert codes["curvature"].keys() == weights["curvature"].keys() == {"weights", "codes"}
+    assert sgd["curvature"].keys() == {"weights"}
+    assert all(five == sorted(five) for row in found["rows"].values() for five in row["curvature"].values())
     path = leo_figures.write(found, tmp_path)
-    assert json.loads(path.read_text())["tasks"] == 20
+    assert path.name == "analysis-1shot-glyphs-smoke-seed0.json" and json.loads(path.read_text())["tasks"] == 20
+    (tmp_path / f"{slugs[0]}-smoke-seed0.pt").replace(tmp_path / f"{slugs[1]}-smoke-seed0.pt")
+    with pytest.raises(FileNotFoundError, match="no checkpoint .*leo-1shot-glyphs-smoke-seed0.pt; umeta train leo-1"):
+        leo_figures.analysis(tmp_path, tmp_path, suffix="glyphs", tasks=20, scale="smoke")
+    monkeypatch.setattr(leo_figures, "ANALYZED", ("leo-generator-tuned",))
+    with pytest.raises(ValueError, match="is of the row leo-1shot-glyphs, not of leo-generator-tuned-1shot-glyphs"):
+        leo_figures.analysis(tmp_path, tmp_path, suffix="glyphs", tasks=20, scale="smoke")
 
 
 @pytest.mark.slow

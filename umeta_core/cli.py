@@ -231,27 +231,15 @@ def _train(arguments) -> None:
 
 
 def _evaluate(arguments) -> None:
-    from .experiments import BASELINES, untrained
+    from .experiments import BASELINES, trained
     from .rows import find_row
-    from .training import read_checkpoint
 
     row = find_row(arguments.row, arguments.dataset)
     _prepare(arguments)
     if row.learner in BASELINES:
         raise ValueError(f"{row.slug} trains nothing: umeta reproduce {row.paper} --rows {row.slug} tunes and tests it")
-    if not arguments.checkpoint.is_file():
-        raise FileNotFoundError(f"no checkpoint {arguments.checkpoint}; umeta train {row.slug} --checkpoint makes one")
-    state = read_checkpoint(arguments.checkpoint)
-    of = state["config"].get("row", row.slug)
-    if of != row.slug:
-        raise ValueError(f"{arguments.checkpoint} is of the row {of}, not of {row.slug}")
-    learner = untrained(row, arguments.seed, arguments.device, arguments.scale)
-    try:
-        learner.load_state_dict(state.get("best") or state["learner"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{arguments.checkpoint} is of another network than {row.slug}: {reason}") from None
-    print(f"{row.slug}: after {state['step']:,} steps")
+    learner, steps = trained(row, arguments.checkpoint, arguments.seed, arguments.device, arguments.scale)
+    print(f"{row.slug}: after {steps:,} steps")
     _print_tests(row, learner, arguments)
 
 

@@ -38,7 +38,7 @@ from .stages import (
     stage_files,
     vectors_file,
 )
-from .training import train
+from .training import read_checkpoint, train
 
 NOTEBOOKS = REPOSITORY / "notebooks" / "experiments"
 BASELINES = ("knn", "linear", "mlp", "matching", "nearest-mean", "ridge")
@@ -92,6 +92,26 @@ def untrained(row: Row, seed: int, device="cpu", scale="quick", folder=None) -> 
     images, features = shown(row, "test", scale, device, folder)
     width = None if features is None else features.shape[1]
     return build_learner(row, *images.images.shape[1:3], seed, width).to(device)
+
+
+def trained(row: Row, checkpoint, seed=0, device="cpu", scale="quick", folder=None) -> tuple[torch.nn.Module, int]:
+    """The row's meta-learner from a checkpoint, the best of its run if that was kept, and after how many steps.
+
+    FileNotFoundError: there is no such file; ValueError: it is of another row, or of another network.
+    """
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"no checkpoint {checkpoint}; umeta train {row.slug} --checkpoint makes one")
+    state = read_checkpoint(checkpoint)
+    of = state["config"].get("row")
+    if of not in (None, row.slug):
+        raise ValueError(f"{checkpoint} is of the row {of}, not of {row.slug}")
+    learner = untrained(row, seed, device, scale, folder)
+    try:
+        learner.load_state_dict(state.get("best") or state["learner"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{checkpoint} is of another network than {row.slug}: {reason}") from None
+    return learner, state["step"]
 
 
 def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):

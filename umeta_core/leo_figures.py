@@ -1,9 +1,9 @@
 """The numbers behind LEO's Figures 3 and 5 at full scale, as files of ``results/leo/figures``.
 
-    python -m umeta_core.leo_figures analysis --stages STAGES --checkpoints FOLDER
+    python -m umeta_core.leo_figures analysis --suffix small --shot 1 --stages STAGES --checkpoints FOLDER
     python -m umeta_core.leo_figures regression --seed 0 --checkpoint FILE
 
-`analysis` reads the checkpoints of three trained rows, ``<row>-full-seed<seed>.pt``; `regression` trains.
+`analysis` reads the checkpoints of three trained rows, ``<row>-<scale>-seed<seed>.pt``; `regression` trains.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .evaluation import sample_blocks
-from .experiments import testing_tasks, untrained
+from .experiments import testing_tasks, trained
 from .leo import LEO
 from .leo_analysis import codes_see, curvature, meta_sgd_path, singular_values, step_lengths
 from .leo_regression import (
@@ -29,10 +29,10 @@ from .leo_regression import (
     distances,
 )
 from .packs import atomic
-from .results import provenance, results_folder
-from .rows import find_row
+from .results import SCALES, provenance, results_folder
+from .rows import Row, find_row
 from .speed import tune_cpu
-from .training import read_checkpoint, train
+from .training import train
 
 PERCENTILES = (5, 25, 50, 75, 95)
 ANALYZED = ("leo", "leo-generator-tuned", "meta-sgd")
@@ -48,39 +48,53 @@ def percentiles(values: Tensor, most=1_000_000) -> list[float]:
 def analyze(learner, source, shot: int, tasks: int, seed: int) -> dict:
     """Curvature at the first inner step and the length of every inner step over test tasks (LEO, Fig. 5).
 
-    For LEO the curvature is that in the space of codes, unless it takes no latent steps; eigenvalues that are zero by
-    construction, or below 1e-6 of the largest, are left out.
+    Curvature is that in the space of weights, and for LEO that in the space of codes too, whether or not it takes steps
+    there. Eigenvalues below 1e-6 of the task's largest count as zero and are left out.
     """
-    values, lengths = [], []
+    values, lengths = {"weights": [], "codes": []}, []
     for e in sample_blocks(source, tasks, 5, shot, 1, seed):
         x, y, _, _ = e.flat()
         path = learner.adapt(e.support).weights if isinstance(learner, LEO) else meta_sgd_path(learner, x, y)
-        in_codes = isinstance(learner, LEO) and learner.latent_steps > 0
-        found = curvature(codes_see(learner, x) if in_codes else x, x @ path[0].transpose(1, 2)).detach()
-        values.append(found[found > 1e-6 * found.max()])
+        logits = (x @ path[0].transpose(1, 2)).detach().double()
+        values["weights"].append(not_zero(curvature(x.double(), logits)))
+        if isinstance(learner, LEO):
+            values["codes"].append(not_zero(curvature(codes_see(learner, x).detach().double(), logits)))
         lengths.append(step_lengths(path))
     lengths = torch.cat(lengths)
     kinds = ["code"] * getattr(learner, "latent_steps", 0)
     kinds += ["weights"] * (lengths.shape[1] - len(kinds))
-    return {"curvature": percentiles(torch.cat(values)), "curvature_of": "codes" if in_codes else "weights",
+    return {"curvature": {space: percentiles(torch.cat(found)) for space, found in values.items() if found},
             "steps": [{"of": kind, "length": percentiles(lengths[:, i])} for i, kind in enumerate(kinds)]}  # fmt: skip
 
 
-def analysis(stages, checkpoints, shot=1, seed=0, tasks=1000, suffix="-small", scale="full") -> dict:
-    """Figure 5 for the three rows of `ANALYZED`, from their checkpoints."""
+def not_zero(eigenvalues: Tensor, least=1e-6) -> Tensor:
+    """Those of ``[T, n]`` above `least` times the largest of their task, ``[m]``."""
+    return eigenvalues[eigenvalues > least * eigenvalues.amax(1, keepdim=True)]
+
+
+def analysis(stages, checkpoints, shot=1, seed=0, tasks=1000, suffix="small", scale="full") -> dict:
+    """Figure 5 for the three rows of `ANALYZED`, from their checkpoints; `suffix` as in `row_of`."""
     origin, done = provenance(), {}
     for name in ANALYZED:
-        row = find_row(f"{name}-{shot}shot{suffix}")
-        learner = untrained(row, seed, scale=scale, folder=stages)
-        state = read_checkpoint(Path(checkpoints) / f"{row.slug}-{scale}-seed{seed}.pt")
-        learner.load_state_dict(state.get("best") or state["learner"])
+        row = row_of(name, shot, suffix)
+        learner, steps = trained(row, checkpoint_of(checkpoints, row, scale, seed), seed, scale=scale, folder=stages)
         done[name] = analyze(learner, testing_tasks(row, scale, folder=stages), shot, tasks, seed)
-        done[name] |= {"steps_trained": state["step"]}
+        done[name] |= {"steps_trained": steps}
         if isinstance(learner, LEO):
             done[name] |= {"singular_values": [round(v, 5) for v in singular_values(learner).tolist()]}
-    features = find_row(f"leo-{shot}shot{suffix}").departs or "the paper's"
-    return {"what": "analysis", "percentiles": PERCENTILES, "shot": shot, "seed": seed, "tasks": tasks,
-            "features": features, "rows": done, **origin}  # fmt: skip
+    return {"what": "analysis", "of": f"{shot}shot{'-' * bool(suffix)}{suffix}-{scale}", "percentiles": PERCENTILES,
+            "shot": shot, "seed": seed, "scale": scale, "tasks": tasks, "dataset": row.dataset,
+            "features": row.departs or "the paper's", "rows": done, **origin}  # fmt: skip
+
+
+def row_of(name: str, shot: int, suffix: str) -> Row:
+    """``<name>-<shot>shot-<suffix>``: "small" is on features a processor can train, "" on the paper's."""
+    return find_row(f"{name}-{shot}shot" + (f"-{suffix}" if suffix else ""))
+
+
+def checkpoint_of(folder, row: Row, scale: str, seed: int) -> Path:
+    """Where ``umeta reproduce`` keeps the row's weights."""
+    return Path(folder) / f"{row.slug}-{scale}-seed{seed}.pt"
 
 
 def regression(seed=0, steps=(40_000, 20_000), checkpoint=None, ambiguous=200) -> dict:
@@ -138,8 +152,9 @@ def rounded(value):
 
 
 def write(record: dict, folder=None) -> Path:
-    """``<results>/leo/figures/<what>-seed<seed>.json``, whole or not at all."""
-    path = results_folder(folder) / "leo" / "figures" / f"{record['what']}-seed{record['seed']}.json"
+    """``<results>/leo/figures/<what>-<of>-seed<seed>.json``, whole or not at all."""
+    name = "-".join(record[key] for key in ("what", "of") if key in record)
+    path = results_folder(folder) / "leo" / "figures" / f"{name}-seed{record['seed']}.json"
     with atomic(path) as partial:
         partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return path
@@ -149,17 +164,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("analysis", "regression"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--suffix", default="small", help="of the rows; '' for the paper's features")
+    parser.add_argument("--shot", type=int, choices=(1, 5), default=1)
+    parser.add_argument("--tasks", type=int, default=1000)
+    parser.add_argument("--scale", choices=SCALES, default="full", help="at which the rows were trained")
     parser.add_argument("--stages", default="runs/leo/stages")
     parser.add_argument("--checkpoints", default="runs/leo")
-    parser.add_argument("--checkpoint", help="of the regression run, to resume it")
+    parser.add_argument("--checkpoint", help="of the regression run: to resume it, or if it is finished to examine it")
     parser.add_argument("--results", help="default: $UMETA_RESULTS or results")
     given = parser.parse_args()
     tune_cpu()
-    if given.what == "analysis":
-        record = analysis(given.stages, given.checkpoints, seed=given.seed)
-    else:
-        record = regression(given.seed, checkpoint=given.checkpoint)
+    try:
+        record = _record(given)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(write(record, given.results))
+
+
+def _record(given) -> dict:
+    if given.what == "regression":
+        return regression(given.seed, checkpoint=given.checkpoint)
+    return analysis(given.stages, given.checkpoints, given.shot, given.seed, given.tasks, given.suffix, given.scale)
 
 
 if __name__ == "__main__":
