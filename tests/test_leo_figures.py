@@ -10,6 +10,7 @@ from umeta_core.data import ImageSet
 from umeta_core.episodes import PartitionTasks
 from umeta_core.experiments import train_row
 from umeta_core.leo import LEO
+from umeta_core.leo_regression import RegressionTasks
 from umeta_core.rows import find_row
 
 
@@ -62,10 +63,58 @@ def test_analysis_of_trained_rows(tmp_path, monkeypatch):
         leo_figures.analysis(tmp_path, tmp_path, suffix="glyphs", tasks=20, scale="smoke")
 
 
+def test_neighbors_are_of_other_tasks_and_other_images():
+    """Codes on a line: a neighbor in the same task, or of the same image, is passed over."""
+    line = torch.tensor([0.0, 0.1, 1.0, 1.3, 5.0, 5.5]).unsqueeze(1)
+    tasks, classes = torch.tensor([0, 0, 1, 2, 1, 2]), torch.tensor([0, 1, 0, 1, 2, 2])
+    moved = torch.stack([line, line + 100])
+    found = leo_figures.neighbor_shares(moved, classes, tasks)
+    assert found["first"] == found["adapted"] == pytest.approx(3 / 6) and found["kind"] == 1
+    found = leo_figures.neighbor_shares(moved, classes, tasks, torch.tensor([0, 1, 2, 3, 4, 4]))
+    assert found["first"] == pytest.approx(1 / 6)  # 5.5 and 5.0 are one image
+
+
+def test_codes_of_tasks_are_those_of_adaptation():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 8, generator=generator)
+    images = ImageSet(torch.empty(60, 0), torch.arange(6).repeat_interleave(10), list("abcdef"), [], "x", "val")
+    source, learner = PartitionTasks(images, features=features), LEO(8, 4, generator=generator)
+    codes, shown, tasks = leo_figures.task_codes(learner, source, 30, 1, 0)
+    assert codes.shape == (2, 150, 4) and tasks.tolist() == [i // 5 for i in range(150)]
+    support = features[shown].view(30, 5, 1, 8)
+    torch.testing.assert_close(codes[1], learner.adapt(support).codes[-1].detach().flatten(0, 2))
+    torch.testing.assert_close(codes[0], learner.encode(support)[0].detach().flatten(0, 1))
+    assert source.features is features
+
+
 @pytest.mark.slow
-def test_regression_record(tmp_path):
+def test_codes_record(tmp_path):
+    train_row(find_row("leo-5shot-glyphs"), "smoke", 0, checkpoint=tmp_path / "leo-5shot-glyphs-smoke-seed0.pt",
+              stages=tmp_path)  # fmt: skip
+    found = leo_figures.codes(tmp_path, tmp_path, 5, tasks=30, suffix="glyphs", scale="smoke", mapped=10)
+    assert len(found["classes"]) == 50 == len(found["map"]["first"]["x"]) == len(found["map"]["adapted"]["y"])
+    assert max(found["classes"]) < len(found["class_names"]) and found["trained"].keys() == found["untrained"].keys()
+    path = leo_figures.write(found, tmp_path)
+    assert path.name == "codes-leo-5shot-glyphs-smoke-seed0.json" and json.loads(path.read_text()) == found
+
+
+@pytest.mark.slow
+def test_regression_record(tmp_path, monkeypatch):
     found = leo_figures.regression(0, (4, 2), tmp_path / "leo.pt", ambiguous=10)
     assert found["steps"] == 6 and found["history"]["step"][-1] == 6
     assert len(found["panels"]) == 4 and len(found["panels"][0]["curves"]) == 8
     assert 0 <= found["ambiguous"]["both"] <= 1 and found["ambiguous"]["ambiguous"] == 10
-    assert leo_figures.write(found, tmp_path).exists()
+    assert [panel["line"] for panel in found["certain"]] == [False, True]
+    assert 0 <= found["ambiguous"]["both_certain"] <= 1 and "both_elsewhere" not in found["ambiguous"]
+    assert leo_figures.write(found, tmp_path).name == "regression-seed0.json"
+    monkeypatch.setattr(leo_figures.LEORegression, "loss", None)  # a finished run is only examined again
+    again = leo_figures.regression(0, (4, 2), tmp_path / "leo.pt", ambiguous=10)
+    assert again | {"created": 0} == found | {"created": 0}
+
+
+def test_certain_tasks_leave_no_doubt():
+    batch, belief = leo_figures.certain_tasks(RegressionTasks(), 200, torch.Generator().manual_seed(0))
+    assert len(batch) == len(belief) == 200 and torch.minimum(belief, 1 - belief).max() < 0.01
+    assert (batch.line == (belief > 0.5)).float().mean() > 0.98
+    sine, line = leo_figures.sine_and_line(batch)
+    assert batch.line[line] and not batch.line[sine] and min(sine, line) == 0

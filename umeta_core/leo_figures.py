@@ -1,32 +1,37 @@
-"""The numbers behind LEO's Figures 3 and 5 at full scale, as files of ``results/leo/figures``.
+"""The numbers behind LEO's Figures 3, 4 and 5 at full scale, as files of ``results/leo/figures``.
 
     python -m umeta_core.leo_figures analysis --suffix small --shot 1 --stages STAGES --checkpoints FOLDER
+    python -m umeta_core.leo_figures codes --suffix small --shot 1 --stages STAGES --checkpoints FOLDER
     python -m umeta_core.leo_figures regression --seed 0 --checkpoint FILE
 
-`analysis` reads the checkpoints of three trained rows, ``<row>-<scale>-seed<seed>.pt``; `regression` trains.
+`analysis` reads the checkpoints of three trained rows, ``<row>-<scale>-seed<seed>.pt``, and `codes` that of LEO;
+`regression` trains.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .episodes import PartitionTasks
 from .evaluation import sample_blocks
-from .experiments import testing_tasks, trained
+from .experiments import testing_tasks, trained, untrained
 from .leo import LEO
 from .leo_analysis import codes_see, curvature, meta_sgd_path, singular_values, step_lengths
 from .leo_regression import (
     ExactPosterior,
     LEORegression,
+    Regression,
     RegressionTasks,
     ambiguous_tasks,
     both_families,
     distances,
+    join,
 )
 from .packs import atomic
 from .results import SCALES, provenance, results_folder
@@ -87,6 +92,76 @@ def analysis(stages, checkpoints, shot=1, seed=0, tasks=1000, suffix="small", sc
             "features": row.departs or "the paper's", "rows": done, **origin}  # fmt: skip
 
 
+def codes(stages, checkpoints, shot=1, seed=0, tasks=1000, suffix="small", scale="full", mapped=400) -> dict:
+    """Figure 4 for a trained LEO: a t-SNE map of the codes of the first `mapped` validation tasks, and over all tasks
+    the `neighbor_shares`, for an untrained LEO too."""
+    origin, row = provenance(), row_of("leo", shot, suffix)
+    learner, steps = trained(row, checkpoint_of(checkpoints, row, scale, seed), seed, scale=scale, folder=stages)
+    source, shares = testing_tasks(row, scale, "val", folder=stages), {}
+    for name, model in (("untrained", untrained(row, seed, scale=scale, folder=stages)), ("trained", learner)):
+        found, images, of_task = task_codes(model, source, tasks, shot, seed)
+        classes = source.images.labels[images]
+        shares[name] = rounded(neighbor_shares(found, classes, of_task, images if shot == 1 else None))
+    few = int((of_task < mapped).sum())
+    places = {kind: {axis: rounded(values.tolist(), 2) for axis, values in zip("xy", place.T)}
+              for kind, place in zip(("first", "adapted"), tsne(found[:, :few], seed))}  # fmt: skip
+    return {"what": "codes", "of": f"{row.slug}-{scale}", "shot": shot, "seed": seed, "scale": scale, "tasks": tasks,
+            "dataset": row.dataset, "features": row.departs or "the paper's", "steps_trained": steps, **shares,
+            "map": places, "classes": classes[:few].tolist(), "class_names": source.images.class_names,
+            **origin}  # fmt: skip
+
+
+def task_codes(model: LEO, source: PartitionTasks, tasks: int, shot: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """First and adapted codes of 5-way tasks, means over copies, ``[2, 5 tasks, n_z]``; for each code the number of its
+    class's first support image, and of its task."""
+    carrying, found, images = copy.copy(source), [], []  # each vector carries the number of its image
+    number = torch.arange(len(source.features), dtype=source.features.dtype).unsqueeze(1)
+    carrying.features = torch.cat([source.features, number], 1)
+    for e in sample_blocks(carrying, tasks, 5, shot, 1, seed):
+        path = model.adapt(e.support[..., :-1]).codes
+        found.append(torch.stack([path[i].detach().mean(2).flatten(0, 1) for i in (0, -1)]))
+        images.append(e.support[:, :, 0, -1].long().flatten())
+    return torch.cat(found, 1), torch.cat(images), torch.arange(tasks).repeat_interleave(5)
+
+
+def neighbor_shares(codes: Tensor, classes: Tensor, tasks: Tensor, images: Tensor | None = None) -> dict[str, float]:
+    """The claims of LEO's Fig. 4 in the space of codes, not of the map.
+
+    The nearest neighbor of a code is looked for in other tasks, and if `images` are given, among codes of other images.
+
+    Args:
+        codes: first and adapted ones, ``[2, n, n_z]``; classes, tasks, images: of each, ``[n]``.
+
+    Returns:
+        ``first``, ``adapted``: share of codes whose neighbor among their own kind is of the same class; ``kind``: share
+        whose neighbor among all is of their own kind; ``moved``: how far adaptation moves codes on average, in units of
+        how far first codes lie from their mean.
+    """
+    images = tasks if images is None else images
+
+    def share(z, group, copies=1):
+        task, image, right = tasks.repeat(copies), images.repeat(copies), 0
+        for i in torch.arange(len(z)).split(1000):
+            near = (task[i].unsqueeze(1) == task) | (image[i].unsqueeze(1) == image)
+            away = torch.cdist(z[i], z).masked_fill_(near, torch.inf)
+            right += int((group[away.argmin(1)] == group[i]).sum())
+        return right / len(z)
+
+    kind, (first, adapted) = torch.arange(2).repeat_interleave(codes.shape[1]), codes
+    moved = (adapted - first).norm(dim=1).mean() / (first - first.mean(0)).norm(dim=1).mean()
+    return {"first": share(first, classes), "adapted": share(adapted, classes),
+            "kind": share(codes.flatten(0, 1), kind, 2), "moved": moved.item()}  # fmt: skip
+
+
+def tsne(codes: Tensor, seed: int = 0) -> Tensor:
+    """One map of first and adapted codes ``[2, n, n_z]``, ``[2, n, 2]``."""
+    from sklearn.manifold import TSNE
+
+    flat = codes.flatten(0, 1).numpy()
+    placed = TSNE(perplexity=min(30, len(flat) / 4), init="pca", random_state=seed, n_jobs=1).fit_transform(flat)
+    return torch.tensor(placed).unflatten(0, (2, -1))
+
+
 def row_of(name: str, shot: int, suffix: str) -> Row:
     """``<name>-<shot>shot-<suffix>``: "small" is on features a processor can train, "" on the paper's."""
     return find_row(f"{name}-{shot}shot" + (f"-{suffix}" if suffix else ""))
@@ -98,8 +173,11 @@ def checkpoint_of(folder, row: Row, scale: str, seed: int) -> Path:
 
 
 def regression(seed=0, steps=(40_000, 20_000), checkpoint=None, ambiguous=200) -> dict:
-    """Train on sines and lines, first at Adam's 1e-3 then at 1e-4, and measure Figure 3's claim."""
-    origin, started = provenance(), time.perf_counter()
+    """Train on sines and lines, first at Adam's 1e-3 then at 1e-4, and measure Figure 3's claim.
+
+    With the `checkpoint` of a finished run nothing is trained, and what it learned is measured again.
+    """
+    origin, seconds = provenance(), 0.0
     learner, source, before = LEORegression(generator=torch.Generator().manual_seed(seed)), RegressionTasks(), 0
     curve = {"step": [], "loss": []}
     for stage, (many, lr) in enumerate(zip(steps, (1e-3, 1e-4))):
@@ -109,14 +187,14 @@ def regression(seed=0, steps=(40_000, 20_000), checkpoint=None, ambiguous=200) -
         curve["step"] += [before + s for s in history["step"]]
         curve["loss"] += [round(v, 4) for v in history["loss"]]
         before += many
-    seconds = time.perf_counter() - started
+        seconds += history["seconds"]  # over all processes that worked on it
     return {"what": "regression", "seed": seed, "steps": sum(steps), "seconds": round(seconds, 1), "history": curve,
             **examine(learner, source, seed, ambiguous), **origin}  # fmt: skip
 
 
 def examine(learner: LEORegression, source: RegressionTasks, seed: int, ambiguous: int) -> dict:
-    """Errors before and after adaptation on 500 tasks; how so many ambiguous tasks, and twice as many others, are
-    answered; four panels."""
+    """Errors before and after adaptation on 500 tasks; how so many ambiguous tasks, and twice as many certain ones, are
+    answered; panels of a certain sine, a certain line and four ambiguous tasks: the first ones, not the finest."""
     generator = torch.Generator().manual_seed(seed + 1)
     batch = source.sample(500, 1, 5, 20, generator)
     error = {}
@@ -128,27 +206,48 @@ def examine(learner: LEORegression, source: RegressionTasks, seed: int, ambiguou
     tasks, belief = ambiguous_tasks(source, ambiguous, generator)
     curves = learner.predict(tasks, x, 100, generator)
     share = both_families(distances(curves, x), belief)
-    share["both_elsewhere"] = _elsewhere(learner, source, x, 2 * ambiguous, generator)
-    panels = [{"support_x": tasks.support_x[i].tolist(), "support_y": tasks.support_y[i].tolist(), "line":
-               tasks.line[i].item(), "truth": tasks.curve(x)[i].tolist(), "curves": curves[:8, i].tolist()}
-              for i in range(4)]  # fmt: skip  # the first four, not the finest
-    return {"error": error, "ambiguous": rounded(share), "x": rounded(x.tolist()), "panels": rounded(panels)}
+    certain, belief = certain_tasks(source, 2 * ambiguous, generator)
+    others = learner.predict(certain, x, 100, generator)
+    del share["both_elsewhere"]  # there were no others
+    share["both_certain"] = both_families(distances(others, x), belief)["both_elsewhere"]
+    return {"error": error, "ambiguous": rounded(share), "x": rounded(x.tolist()),
+            "certain": [_panel(certain, others, x, i) for i in sine_and_line(certain)],
+            "panels": [_panel(tasks, curves, x, i) for i in range(4)]}  # fmt: skip
 
 
-def _elsewhere(learner: LEORegression, source: RegressionTasks, x: Tensor, tasks: int, generator) -> float:
-    """The share of unambiguous tasks, of `tasks` drawn, that are answered with both families: these should not be."""
-    batch = source.sample(tasks, 1, 5, 1, generator)
-    curves = learner.predict(batch, x, 50, generator)
-    return both_families(distances(curves, x), ExactPosterior(batch, source.noise).line)["both_elsewhere"]
+def _panel(tasks: Regression, curves: Tensor, x: Tensor, i: int) -> dict:
+    return rounded({"support_x": tasks.support_x[i].tolist(), "support_y": tasks.support_y[i].tolist(),
+                    "line": tasks.line[i].item(), "truth": tasks.curve(x)[i].tolist(),
+                    "curves": curves[:8, i].tolist()})  # fmt: skip
 
 
-def rounded(value):
-    """Floats of a nested structure with four digits."""
+def certain_tasks(source: RegressionTasks, tasks: int, generator, doubt=0.01) -> tuple[Regression, Tensor]:
+    """5-shot tasks whose other family has a probability below `doubt`, and the belief in a line ``[T]``.
+
+    Most tasks are of this kind; drawing goes on until there are enough.
+    """
+    found, beliefs = [], []
+    while sum(map(len, found)) < tasks:
+        batch = source.sample(tasks, 1, 5, 1, generator)
+        belief = ExactPosterior(batch, source.noise).line
+        keep = torch.minimum(belief, 1 - belief) < doubt
+        found.append(batch[keep])
+        beliefs.append(belief[keep])
+    return join(found)[:tasks], torch.cat(beliefs)[:tasks]
+
+
+def sine_and_line(tasks: Regression) -> list[int]:
+    """The first sine and the first line of many tasks."""
+    return [int((tasks.line == line).nonzero()[0]) for line in (False, True)]
+
+
+def rounded(value, digits=4):
+    """A nested structure with the floats rounded."""
     if isinstance(value, float):
-        return round(value, 4)
+        return round(value, digits)
     if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list) else value
+        return {k: rounded(v, digits) for k, v in value.items()}
+    return [rounded(v, digits) for v in value] if isinstance(value, list) else value
 
 
 def write(record: dict, folder=None) -> Path:
@@ -162,7 +261,7 @@ def write(record: dict, folder=None) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("analysis", "regression"))
+    parser.add_argument("what", choices=("analysis", "codes", "regression"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--suffix", default="small", help="of the rows; '' for the paper's features")
     parser.add_argument("--shot", type=int, choices=(1, 5), default=1)
@@ -184,7 +283,8 @@ def main() -> None:
 def _record(given) -> dict:
     if given.what == "regression":
         return regression(given.seed, checkpoint=given.checkpoint)
-    return analysis(given.stages, given.checkpoints, given.shot, given.seed, given.tasks, given.suffix, given.scale)
+    make = codes if given.what == "codes" else analysis
+    return make(given.stages, given.checkpoints, given.shot, given.seed, given.tasks, given.suffix, given.scale)
 
 
 if __name__ == "__main__":
