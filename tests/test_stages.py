@@ -10,6 +10,7 @@ from umeta_core import experiments, stages
 from umeta_core.data import load
 from umeta_core.embeddings.base import read, write_atomically
 from umeta_core.experiments import run_row, some_labels, training_tasks
+from umeta_core.readers import MINI_IMAGENET
 from umeta_core.results import check_record, compare, is_reduced, read_records
 from umeta_core.rows import EMBEDDINGS, ROWS, embedding_plan, find_row
 
@@ -80,25 +81,53 @@ def test_leo_learns_on_features_and_stops_early(folder, tmp_path):
     assert torch.allclose(norms, torch.ones(len(norms)), atol=1e-4)
 
 
+def write_published(folder, classes=MINI_IMAGENET, each=30):
+    """What the authors of LEO published, with random vectors."""
+    generator = torch.Generator().manual_seed(0)
+    for split, names in classes.items():
+        keys = [f"{i}-{name}-{name}_{i}.JPEG" for i, name in enumerate(names * each)]
+        vectors = torch.randn(len(keys), 640, generator=generator).numpy()
+        (folder / f"{split}_embeddings.pkl").write_bytes(pickle.dumps({"embeddings": vectors, "keys": keys}))
+
+
 def test_published_embeddings_replace_images(tmp_path):
-    row, generator = find_row("leo-1shot"), torch.Generator().manual_seed(0)
-    for split in ("train", "val", "test"):
-        keys = [f"{i}-n{i % 6:08d}-n{i % 6:08d}_{i}.JPEG" for i in range(180)]
-        vectors = torch.randn(180, 640, generator=generator).numpy()
-        (tmp_path / f"{split}_embeddings.pkl").write_bytes(pickle.dumps({"embeddings": vectors, "keys": keys}))
-    stages.import_embeddings(row, tmp_path, tmp_path / "stages")
-    images, z = stages.shown(row, "val", "full", folder=tmp_path / "stages")
-    assert images.n_classes == 6 and z.shape == (180, 640) and images.labels[7] == 1
-    assert torch.allclose(z.norm(dim=1), torch.ones(180), atol=1e-5)
+    row, folder = find_row("leo-1shot"), tmp_path / "stages"
+    write_published(tmp_path)
+    stages.import_embeddings(row, tmp_path, folder)
+    for scale in ("smoke", "quick", "full"):  # nobody who has them should train a WRN-28-10
+        images, z = stages.shown(row, "val", scale, folder=folder)
+        assert images.n_classes == 16 and z.shape == (480, 640) and images.labels[23] == 7
+        assert all(path.is_file() for path in stages.stage_files(row, scale, 0, folder))
+    assert images.class_names == sorted(MINI_IMAGENET["val"])
+    assert torch.allclose(z.norm(dim=1), torch.ones(480), atol=1e-5)
     few = {"test_tasks": row.test_tasks | {"full": 20}, "validation": row.validation | {"tasks": 20}}
     short = dataclasses.replace(row, at_most=2, **few)
-    record = run_row(short, "full", folder=tmp_path, stages=tmp_path / "stages")
+    record = run_row(short, "full", folder=tmp_path, stages=folder)
     assert record["cells"][0]["query"] == 29
-    assert record["images"] == {"train": 180, "val": 180, "test": 180}
-    assert "a part of the data (180 of 38,400 train images" in record["deviation"]
+    assert record["images"] == {"train": 1920, "val": 480, "test": 600}
+    assert "a part of the data (1,920 of 38,400 train images" in record["deviation"]
+    assert record["embedding_fit"] == {"origin": "published features"}
+    small = find_row("leo-1shot-small")
+    assert not stages.vectors_file(small, "val", "full", folder).exists()
+
+
+def test_published_embeddings_of_another_dataset_are_refused(tmp_path):
+    row, folder = find_row("leo-1shot"), tmp_path / "stages"
+    write_published(tmp_path, each=2)
+    with pytest.raises(ValueError, match="64/16/20 classes to train, validate and test on, tiered_imagenet has 351/97"):
+        stages.import_embeddings(find_row("leo-1shot-tiered-imagenet"), tmp_path, folder)
+    other = {split: [name.replace("n0", "n9") for name in names] for split, names in MINI_IMAGENET.items()}
+    write_published(tmp_path, other, each=2)
+    with pytest.raises(ValueError, match="has the class n9.*, which is not one of mini-ImageNet's"):
+        stages.import_embeddings(row, tmp_path, folder)
+    write_published(tmp_path, MINI_IMAGENET | {"val": MINI_IMAGENET["test"][:16]}, each=2)
+    with pytest.raises(ValueError, match="has the class n01930112 in two splits"):
+        stages.import_embeddings(row, tmp_path, folder)
+    write_published(tmp_path, each=2)
     (tmp_path / "val_embeddings.pkl").unlink()
     with pytest.raises(FileNotFoundError, match="no .*val_embeddings.pkl"):
-        stages.import_embeddings(row, tmp_path, tmp_path / "stages")
+        stages.import_embeddings(row, tmp_path, folder)
+    assert not folder.exists()  # nothing is imported by halves
 
 
 @pytest.mark.parametrize("slug", ["ro-gan-maml-02", "oc-vae-protonets-04", "umtra-maml", "supervised-protonets"])

@@ -170,8 +170,6 @@ def _data_features(arguments) -> None:
     from .stages import import_embeddings
 
     row = find_row(arguments.row)
-    if not row.needs_embedding or row.plan.kind != "supervised":
-        raise ValueError(f"{row.slug} does not learn on LEO's features; take leo-1shot or leo-1shot-tiered-imagenet")
     for path in import_embeddings(row, arguments.folder, arguments.runs / row.paper / "stages"):
         print(path)
 

@@ -34,6 +34,7 @@ from .stages import (
     fit_file,
     fitted_by,
     make_partitions,
+    published_file,
     shown,
     stage_files,
     vectors_file,
@@ -339,6 +340,8 @@ def embedding_record(row: Row, scale: str, stages=None) -> dict:
     """How the row's embedding was fitted, and by which code, for the record."""
     if not row.needs_embedding:
         return {}
+    if row.inputs == "embeddings" and vectors_file(row, "test", scale, stages) == published_file(row, "test", stages):
+        return {"embedding_fit": {"origin": "published features"}}
     plan, name = row.plan, row.fitted or row.embedding
     for word in ("short ", "small ", "untrained "):
         name = name.removeprefix(word)

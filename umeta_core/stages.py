@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from . import partitions as parts
-from .data import ImageSet, load
+from .data import COUNTS, ImageSet, load
 from .embeddings.base import Embedding, read, write_atomically
 from .embeddings.deepcluster import pca_whitening
 from .packs import alone, cache_folder
 from .pickles import read_embeddings
+from .readers import MINI_IMAGENET
 from .rows import EMBEDDINGS, EmbeddingPlan, Row, embedding_plan
 from .speed import tune_cpu
 
@@ -97,7 +98,14 @@ def fit_file(row: Row, scale: str, folder=None) -> Path:
 
 
 def vectors_file(row: Row, split: str, scale: str, folder=None) -> Path:
-    return Path(f"{stem(row, scale, folder)}-vectors-{split}.pt")
+    """Where the split's vectors are or will be: published ones (`import_embeddings`) serve every scale."""
+    published = published_file(row, split, folder)
+    return published if published.is_file() else Path(f"{stem(row, scale, folder)}-vectors-{split}.pt")
+
+
+def published_file(row: Row, split: str, folder=None) -> Path:
+    """The row's published vectors of a split, if they were imported."""
+    return Path(f"{stem(row, 'published', folder)}-vectors-{split}.pt")
 
 
 def partitions_file(row: Row, scale: str, seed: int, folder=None) -> Path:
@@ -268,23 +276,49 @@ def shown(row: Row, split: str, scale: str, device="cpu", folder=None) -> tuple[
 
 def import_embeddings(row: Row, source, folder=None) -> list[Path]:
     """Take published embeddings of the three splits, ``<source>/{train,val,test}_embeddings.pkl``, as the vectors of
-    the row's embedding at full scale. Returns the files written.
+    the row's embedding, at every scale. Returns the files written: three, or none if one of them is unfit.
 
     Raises:
-        FileNotFoundError: a split is missing; ValueError: see `pickles.read_embeddings`.
+        FileNotFoundError: a split is missing; ValueError: the row does not learn on what was published, the classes are
+        not those of its dataset, or see `pickles.read_embeddings`.
     """
-    paths = []
-    for split in ("train", "val", "test"):
-        pickle = Path(source) / f"{split}_embeddings.pkl"
+    given = row.needs_embedding and not row.fitted and row.plan.kind == "supervised"
+    if not given or row.dataset not in ("mini_imagenet", "tiered_imagenet"):
+        raise ValueError(f"{row.slug} does not learn on LEO's features; take leo-1shot or leo-1shot-tiered-imagenet")
+    pickles = {split: Path(source) / f"{split}_embeddings.pkl" for split in ("train", "val", "test")}
+    for pickle in pickles.values():
         if not pickle.is_file():
             raise FileNotFoundError(f"no {pickle}; {source} should be the folder of a dataset and crop, for example "
                                     "embeddings/miniImageNet/center, of the authors' embeddings.zip "
                                     "(github.com/google-deepmind/leo)")  # fmt: skip
-        z, labels, names, _ = read_embeddings(pickle)
+    found = {split: read_embeddings(pickle)[:3] for split, pickle in pickles.items()}
+    _check_classes(row, source, {split: names for split, (_, _, names) in found.items()})
+    for split, (z, labels, names) in found.items():
         z = torch.nn.functional.normalize(z, dim=1) if row.plan.normalize else z
-        paths.append(vectors_file(row, split, "full", folder))
-        write_atomically({"z": z, "labels": labels, "class_names": names}, paths[-1])
-    return paths
+        write_atomically({"z": z, "labels": labels, "class_names": names}, published_file(row, split, folder))
+    return [published_file(row, split, folder) for split in pickles]
+
+
+def _check_classes(row: Row, source, names: dict[str, list[str]]) -> None:
+    """Raise ValueError unless the classes of the splits can be those of the row's dataset.
+
+    Which of mini-ImageNet's classes are in which split is not asked: LEO's Fig. 4 calls Jellyfish a validation class,
+    in the usual split it is a training class.
+    """
+    counts = {split: classes for split, (classes, _) in COUNTS[row.dataset].items()}
+    if {split: len(classes) for split, classes in names.items()} != counts:
+        there = "/".join(str(len(classes)) for classes in names.values())
+        raise ValueError(f"{source} has {there} classes to train, validate and test on, {row.dataset} has "
+                         f"{'/'.join(map(str, counts.values()))}: give the folder of the row's dataset")  # fmt: skip
+    every = sorted(name for classes in names.values() for name in classes)
+    twice = next((name for name in every if every.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"{source} has the class {twice} in two splits: get the files again")
+    if row.dataset == "mini_imagenet":
+        strange = set(every).difference(*MINI_IMAGENET.values())
+        if strange:
+            raise ValueError(f"{source} has the class {min(strange)}, which is not one of mini-ImageNet's: give the "
+                             "folder of the row's dataset")  # fmt: skip
 
 
 def make_partitions(row: Row, scale: str, seed: int, device="cpu", folder=None) -> Tensor:
