@@ -228,7 +228,7 @@ def certain_tasks(source: RegressionTasks, tasks: int, generator, doubt=0.01) ->
     """
     found, beliefs = [], []
     while sum(map(len, found)) < tasks:
-        batch = source.sample(tasks, 1, 5, 1, generator)
+        batch = source.sample(tasks, 1, 5, 15, generator)
         belief = ExactPosterior(batch, source.noise).line
         keep = torch.minimum(belief, 1 - belief) < doubt
         found.append(batch[keep])
