@@ -272,11 +272,15 @@ def measure_baseline(row: Row, scale: str, seed: int, device="cpu", stages=None)
 
 
 def _queries(row: Row, shot: int, source) -> int:
-    """Queries per class of a test task: the row's number, or all other images of the smallest class."""
+    """Queries per class of a test task: the row's number, or all others of 600 images.
+
+    That is all of a class of mini-ImageNet; LEO's reference code takes as many of tieredImageNet's larger ones. If the
+    smallest class has fewer images, all others of these.
+    """
     if row.test_query is not None:
         return row.test_query
     sizes = source.size[source.size > 0]
-    return int(sizes.min()) - shot
+    return min(int(sizes.min()), 600) - shot
 
 
 def _baseline(row: Row, scale: str, seed: int, support: int, device, stages):
