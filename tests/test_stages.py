@@ -1,7 +1,9 @@
 """Embeddings, vectors and partitions as files that rows share, and rows that need them."""
 
+import csv
 import dataclasses
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ import torch
 from umeta_core import experiments, stages
 from umeta_core.data import load
 from umeta_core.embeddings.base import read, write_atomically
-from umeta_core.experiments import run_row, some_labels, training_tasks
+from umeta_core.experiments import _queries, run_row, some_labels, training_tasks
 from umeta_core.readers import MINI_IMAGENET
-from umeta_core.results import check_record, compare, is_reduced, read_records
+from umeta_core.results import REPOSITORY, check_record, compare, is_reduced, read_records
 from umeta_core.rows import EMBEDDINGS, ROWS, embedding_plan, find_row
 
 
@@ -77,8 +79,6 @@ def test_leo_learns_on_features_and_stops_early(folder, tmp_path):
     assert record["cells"][0]["query"] == 19 and record["protocol"]["train_splits"] == ["train", "val"]
     control = run_row(find_row("nearest-mean-features-1shot", "glyphs"), "smoke", folder=tmp_path, stages=folder)
     assert control["cells"][0]["query"] == 19
-    norms = read(stages.vectors_file(row, "test", "smoke", folder))["z"].norm(dim=1)
-    assert torch.allclose(norms, torch.ones(len(norms)), atol=1e-4)
 
 
 def write_published(folder, classes=MINI_IMAGENET, each=30):
@@ -317,3 +317,39 @@ def test_rows_that_cut_space_for_other_ways_do_not_share_partitions():
     twenty, five = find_row("hyperplanes-bigan"), find_row("hyperplanes-bigan-5way")
     assert twenty.way != five.way
     assert stages.partitions_file(twenty, "full", 0) != stages.partitions_file(five, "full", 0)
+
+
+# What ports of LEO get wrong
+
+
+def test_features_are_not_taken_as_they_come_but_scaled_to_length_1(folder):
+    row = find_row("leo-1shot", "glyphs")
+    raw = stages.fit_embedding(row, "smoke", folder=folder).embed(load("glyphs", "test").images)
+    _, z = stages.shown(row, "test", "smoke", folder=folder)
+    assert torch.allclose(z, torch.nn.functional.normalize(raw, dim=1), atol=1e-5)
+    assert raw.norm(dim=1).std() > 0.01 and torch.allclose(z.norm(dim=1), torch.ones(len(z)), atol=1e-5)
+
+
+def test_meta_training_does_not_leave_out_the_validation_classes(folder):
+    for slug, splits in (("leo-1shot", ("train", "val")), ("leo-train-only-1shot", ("train",))):
+        source = training_tasks(find_row(slug, "glyphs"), "smoke", 0, folder=folder)
+        assert source.images.n_classes == sum(load("glyphs", split).n_classes for split in splits)
+
+
+def test_queries_are_not_15_but_all_other_images_of_600():
+    row = find_row("leo-5shot")
+    for sizes, queries in (([600, 600], 595), ([732, 1300], 595), ([20, 0, 30], 15)):
+        assert _queries(row, 5, SimpleNamespace(size=torch.tensor([sizes]))) == queries
+
+
+def test_hyperparameters_of_leo_are_those_of_the_readme_not_of_table_6():
+    names = {"outer_lr": "lr", "l2_penalty_weight": "l2", "orthogonality_penalty_weight": "orthogonality",
+             "dropout_rate": "dropout", "kl_weight": "kl", "encoder_penalty_weight": "encoder_penalty"}  # fmt: skip
+    with open(REPOSITORY / "results" / "paper" / "leo_hparams.csv", newline="", encoding="utf-8") as file:
+        printed = [line for line in csv.DictReader(file) if line["table"] == "README"]
+    assert len(printed) == 4 * len(names)
+    for line in printed:
+        place = {"miniImageNet": "", "tieredImageNet": "-tiered-imagenet"}[line["dataset"]]
+        row = find_row(f"leo-{line['shot']}shot{place}")
+        name = names[line["hyperparameter"].split("flag ")[1].rstrip(")")]
+        assert ({"lr": row.lr} | row.options)[name] == float(line["value"]), (row.slug, name)
