@@ -161,6 +161,15 @@ def test_a_search_draws_its_configuration_from_the_seed(folder, tmp_path):
         assert all(least <= drawn.options.get(name, drawn.lr) <= most for name, (_, least, most) in row.search.items())
 
 
+def test_trials_differ_in_their_configuration_only(folder, tmp_path):
+    """Two trials of a search that draws nothing are the same, whatever their seeds; two runs of a row are not."""
+    row = dataclasses.replace(find_row("leo-1shot-search", "glyphs"), search={"lr": ("uniform", 1e-3, 1e-3)})
+    for trial, same in ((row, True), (dataclasses.replace(row, search={}), False)):
+        found = [run_row(trial, "smoke", seed, folder=tmp_path, stages=folder) for seed in (0, 1)]
+        assert (found[0]["cells"] == found[1]["cells"] and found[0]["history"] == found[1]["history"]) == same
+        assert found[1]["seed"] == 1 and (found[1]["protocol"].get("draws") == "shared") == same
+
+
 @pytest.mark.slow
 def test_a_row_on_clusters_shares_its_stages(folder, tmp_path):
     row = find_row("cactus-protonets-bigan", "glyphs")

@@ -165,6 +165,7 @@ def some_labels(images: ImageSet, share: float, seed: int) -> torch.Tensor:
 
 def train_row(row: Row, scale: str, seed: int, device="cpu", checkpoint=None, stages=None):
     """Meta-train the row's learner, going on from `checkpoint` if it exists. Returns the learner and the history."""
+    seed = row.draws(seed)
     learner = untrained(row, seed, device, scale, stages)
     if row.budget(scale) == 0:
         return learner, NO_TRAINING
@@ -198,8 +199,10 @@ def early_stopping(row: Row, scale: str, seed: int, device="cpu", stages=None) -
 def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None) -> list[dict]:
     """Test `learner` on every (way, shot) of the row: the cells of the record, for MAML with the adaptation curve.
 
-    The test tasks are drawn from `seed`, so all rows of one seed meet the same tasks and seeds are independent.
+    The test tasks are drawn from `seed`, so all rows of one seed meet the same tasks and seeds are independent; trials
+    of a search all meet those of seed 0.
     """
+    seed = row.draws(seed)
     source = _seen_once(learner, testing_tasks(row, scale, row.test_split, device, stages))
     at_once = {"max_images": 300} if row.dataset == "imagenet" else {}
     at_once = {"max_images": _at_once(source)} if source.features is not None else at_once

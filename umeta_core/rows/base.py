@@ -33,8 +33,8 @@ class Row:
     if these are to be fewer; they are measured in the first two tests.
 
     `search` makes the row a random search: the seed draws a configuration (see `configuration`), which is trained and
-    then measured on the validation classes, so that a record is a trial. It maps "lr" or an option's name to (kind,
-    least, most) with kind "log" or "uniform".
+    then measured on the validation classes, so that a record is a trial; all trials meet the same tasks. It maps "lr"
+    or an option's name to (kind, least, most) with kind "log" or "uniform".
     `deviation` says where even the full run departs from the paper; such a run is never called reproduced. `fitted`
     names the plan of the embedding if it is not the paper's (see `EMBEDDINGS`).
     """
@@ -100,6 +100,11 @@ class Row:
         lr = drawn.pop("lr", self.lr)
         return replace(self, lr=lr, options=self.options | drawn)
 
+    def draws(self, seed: int) -> int:
+        """The seed of initial weights and of all tasks: 0 for every trial of a search, so that only the configuration
+        differs between trials."""
+        return 0 if self.search else seed
+
     @property
     def test_split(self) -> str:
         return "val" if self.search else "test"
@@ -140,6 +145,7 @@ class Row:
         place |= {"labeled_share": self.share, "labeled_tasks": self.mix} if self.source == "mixed" else {}
         place |= {"train_splits": self.train_splits} if self.train_splits != ("train",) else {}
         place |= {"validation": self.validation} if self.validation else {}
+        place |= {"draws": "shared"} if self.search else {}  # trials of before had seeds of their own
         normed = self.learner == "maml" and self.network.get("hidden") != () and not self.network.get("linear")
         norm = {"batch_norm": "transductive"} if normed else {}
         return place | (training if self.trained else {}) | self.network | norm | self.options
