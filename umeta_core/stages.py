@@ -137,7 +137,8 @@ def stage_files(row: Row, scale: str, seed: int, folder=None) -> list[Path]:
     """The files that must be there before the row can run without fitting or clustering anything itself."""
     files = []
     if row.needs_embedding and row.inputs == "embeddings":
-        files += [vectors_file(row, split, scale, folder) for split in row.splits]
+        made = (split for split in row.splits if not published_file(row, split, folder).is_file())
+        files += [vectors_file(row, split, scale, folder) for split in made]
     if (row.needs_embedding or row.embedding) and row.source in ("clusters", "hyperplanes", "mixed"):
         files.append(partitions_file(row, scale, seed, folder))
     if row.source == "latent":
