@@ -118,3 +118,15 @@ def test_certain_tasks_leave_no_doubt():
     assert (batch.line == (belief > 0.5)).float().mean() > 0.98
     sine, line = leo_figures.sine_and_line(batch)
     assert batch.line[line] and not batch.line[sine] and min(sine, line) == 0
+
+
+@pytest.mark.parametrize("what", ["analysis", "codes"])
+def test_figures_of_other_rows_are_asked_for_on_the_command_line(what, tmp_path, monkeypatch, capsys):
+    """Rows on the paper's features have no suffix; a missing checkpoint is one line, not a traceback."""
+    where = ["--suffix", "", "--shot", "5", "--checkpoints", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["leo_figures", what, *where])
+    with pytest.raises(SystemExit) as stop:
+        leo_figures.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert f"no checkpoint {tmp_path}/leo-5shot-full-seed0.pt; umeta train leo-5shot" in error
