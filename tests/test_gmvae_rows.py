@@ -1,14 +1,18 @@
 """Rows of Meta-GMVAE: what each trains, on which numbers of the paper it bears, and a run from end to end."""
 
+import json
 from dataclasses import replace
 
+import pytest
 import torch
 
 from umeta_core import stages
 from umeta_core.embeddings.base import write_atomically
-from umeta_core.experiments import early_stopping, run_row, untrained
+from umeta_core.experiments import early_stopping, expected_seconds, run_row, train_row, untrained
+from umeta_core.meta_gmvae import MetaGMVAE
 from umeta_core.results import matches, published
 from umeta_core.rows import ROWS, find_row
+from umeta_core.snapshots import snapshots_of
 
 OURS = [row for row in ROWS if row.paper == "meta_gmvae"]
 
@@ -76,3 +80,121 @@ def test_mini_imagenet_rows_learn_on_features(tmp_path):
     assert record["protocol"]["latent"] == 32 and record["cells"][0]["accuracy"] > 30
 
 
+
+
+# Rows that share a training ------------------------------------------------------------------------------------------
+
+
+def test_rows_share_a_training_where_only_validation_and_test_differ():
+    """The columns of a table are checkpoints of one run (reference code)."""
+    own = {row.slug: row.training_of for row in OURS if row.dataset == "omniglot" and not row.departs}
+    assert own == {
+        "gmvae-5way-1shot": "gmvae-5way-1shot", "gmvae-5way-5shot": "gmvae-5way-1shot",
+        "gmvae-20way-1shot": "gmvae-20way-1shot", "gmvae-20way-5shot": "gmvae-20way-1shot",
+        "gmvae-episodes-sets": "gmvae-20way-1shot", "gmvae-episodes": "gmvae-episodes",
+        "gmvae-episodes-variances": "gmvae-episodes", "vanilla-vae": "",
+    }  # fmt: skip
+    for row in OURS:
+        if row.training_of:
+            other = find_row(row.training_of)
+            assert row.training() == other.training() and row.steps == other.steps, row.slug
+            assert (row.tasks, row.dataset, row.plan if row.fitted else "") == (
+                other.tasks, other.dataset, other.plan if other.fitted else "")  # fmt: skip
+    trainings = [(r.training(), r.steps["full"], r.tasks, r.dataset, r.fitted) for r in OURS if r.learner == "gmvae"
+                 if r.training_of in ("", r.slug)]  # fmt: skip
+    assert all(a not in trainings[:i] for i, a in enumerate(trainings)), "no training is done twice"
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """Validation at once: a number that depends on the weights and the row; which rows have been looked at."""
+    rows = []
+
+    def early(row, *_):
+        def validate(learner):
+            rows.append(row.slug)
+            return torch.sin(1e4 * row.validation["shot"] * learner.set_encoder[0].out.weight.sum()).item()
+
+        return {"validate": validate, "validate_every": 2, "keep_best": True, "patience": None}
+
+    monkeypatch.setattr("umeta_core.experiments.early_stopping", early)
+    return rows
+
+
+def quick(slug, **changes):
+    """A row of eight steps, of which every second is looked at."""
+    row = replace(small(slug), tasks=1, shot=6, readings={}, tests=((5, 1),), steps={"smoke": 8, "full": 8})
+    options = {"components": 2, "samples": 2, "decoded": 1}
+    return replace(row, test_tasks={"smoke": 1}, options=row.options | options, **changes)
+
+
+def same_weights(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    return all(torch.equal(first[name], second[name]) for name in first if name != "_extra_state")
+
+
+def test_a_second_row_takes_the_training_of_the_first(tmp_path, looked, monkeypatch):
+    first, second = quick("gmvae-5way-1shot-decode1-glyphs"), quick("gmvae-5way-5shot-decode1-glyphs")
+    alone, history = train_row(second, "smoke", 0)
+    train_row(first, "smoke", 0, checkpoint=tmp_path / f"{first.slug}-smoke-seed0.pt")
+    monkeypatch.setattr(MetaGMVAE, "loss", None)  # nothing is trained from here on
+    learner, shared = train_row(second, "smoke", 0, checkpoint=tmp_path / f"{second.slug}-smoke-seed0.pt")
+    assert shared["validation"] == history["validation"] and same_weights(alone, learner)
+    assert [path.name for path in tmp_path.glob("*.pt")] == [f"{first.slug}-smoke-seed0.pt"]
+    del looked[:]
+    record = run_row(second, "smoke", folder=tmp_path, checkpoint=tmp_path / f"{second.slug}-smoke-seed0.pt")
+    assert record["training_of"] == first.slug and record["row"] == second.slug and not looked
+    assert record["validation"] == [list(pair) for pair in history["validation"]]
+
+
+def test_the_best_snapshot_is_that_of_training_with_validation(tmp_path, looked):
+    row = quick("gmvae-5way-5shot-decode1-glyphs")
+    one, first = train_row(row, "smoke", 0)
+    other, second = train_row(replace(row, training_of=""), "smoke", 0)
+    assert first["validation"] == second["validation"] and same_weights(one, other)
+
+
+def test_a_shared_training_that_was_interrupted_goes_on_bit_identically(tmp_path, looked):
+    row = quick("gmvae-5way-1shot-decode1-glyphs")
+    whole, history = train_row(row, "smoke", 0, checkpoint=tmp_path / "whole.pt")
+    train_row(replace(row, at_most=3), "smoke", 0, checkpoint=tmp_path / "parts.pt")
+    parts, again = train_row(row, "smoke", 0, checkpoint=tmp_path / "parts.pt")
+    assert again["validation"] == history["validation"] and same_weights(whole, parts)
+    assert [step for step, _ in history["validation"]] == [2, 4, 6, 8]
+    states = [torch.load(tmp_path / f"{name}-snapshots" / "step-00000006.pt") for name in ("whole", "parts")]
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0] if n != "_extra_state")
+
+
+def test_an_interrupted_selection_goes_on_and_a_lost_snapshot_is_named(tmp_path, looked):
+    row, file = quick("gmvae-5way-1shot-decode1-glyphs"), tmp_path / "run.pt"
+    _, history = train_row(row, "smoke", 0, checkpoint=file)
+    values = snapshots_of(file) / f"{row.slug}.json"
+    done = json.loads(values.read_text())
+    values.write_text(json.dumps(done | {"values": done["values"][:3]}))
+    del looked[:]
+    assert train_row(row, "smoke", 0, checkpoint=file)[1]["validation"] == history["validation"]
+    assert len(looked) == 1
+    train_row(replace(row, validation=row.validation | {"tasks": 10}), "smoke", 0, checkpoint=file)
+    assert len(looked) == 5, "values of another plan are not used"
+    (snapshots_of(file) / "step-00000004.pt").unlink()
+    with pytest.raises(ValueError, match="no snapshot of step 4; delete the checkpoint"):
+        train_row(row, "smoke", 0, checkpoint=file)
+
+
+def test_a_shortened_shared_training_is_selected_up_to_its_last_step(tmp_path, looked):
+    rows = [quick(f"gmvae-5way-{shot}shot-decode1-glyphs", at_most=5) for shot in (1, 5)]
+    for row in rows:
+        _, history = train_row(row, "smoke", 0, checkpoint=tmp_path / f"{row.slug}.pt")
+        assert [step for step, _ in history["validation"]] == [2, 4, 5]
+    assert len(list(tmp_path.glob("*.pt"))) == 1
+
+
+def test_expected_seconds_are_those_that_were_measured():
+    """On one core: 1.05 s for a 20-way step with one sample decoded, 2.2 s with four."""
+    row = find_row("gmvae-20way-1shot-decode1")
+    for decoded, seconds in ((1, 1.05), (4, 2.2)):
+        changed = replace(row, options=row.options | {"decoded": decoded})
+        short, long = (expected_seconds(replace(changed, at_most=steps), "full") for steps in (100, 900))
+        assert abs((long - short) / 800 / seconds - 1) < 0.1
+    other = find_row("gmvae-20way-5shot-decode1")
+    assert expected_seconds(other, "full", training=False) < 0.5 * expected_seconds(other, "full")

@@ -313,11 +313,13 @@ def _state(record: dict, steps: int) -> str:
 
 def _print_plan(arguments, rows, folder: Path) -> list[Path]:
     """One line per run, one per stage that must be made first, and their time. Returns records that stopped early."""
-    from .experiments import expected_seconds, missing_stages
+    from .experiments import expected_seconds, missing_stages, training_file
 
     todo, stages, shortened, width = [], {}, [], max(len(row.slug) for row in rows)
+    counted = set()  # trainings that rows before have done
     for row in rows:
-        seconds = expected_seconds(row, arguments.scale, arguments.device)
+        seconds = expected_seconds(row, arguments.scale, arguments.device, row.training_of not in counted)
+        counted.add(row.training_of or row.slug)
         for seed in arguments.seeds:
             record = results.record_path(row.paper, row.slug, arguments.scale, seed, folder)
             ran = results.budget(results.read_record(record)) if record.exists() else 0
@@ -329,7 +331,8 @@ def _print_plan(arguments, rows, folder: Path) -> list[Path]:
                 there = arguments.runs / row.paper / "stages"
                 stages |= missing_stages(row, arguments.scale, seed, arguments.device, there)
             if record.exists() and ran < steps and not arguments.force:
-                checkpoint = arguments.runs / row.paper / f"{row.slug}-{arguments.scale}-seed{seed}.pt"
+                checkpoint = f"{row.slug}-{arguments.scale}-seed{seed}.pt"
+                checkpoint = training_file(row, arguments.runs / row.paper / checkpoint)
                 again = "goes on" if checkpoint.exists() else "again from the start"
                 state += f", {again}: the record has {ran:,} steps"
                 shortened.append(record)

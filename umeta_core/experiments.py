@@ -5,9 +5,11 @@ One training serves all of a row's tests. The rows themselves are in `rows`, emb
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,9 +26,11 @@ from .leo import LEO
 from .maml import MAML
 from .meta_gmvae import FeatureDecoder, ImageDecoder, ImageEncoder, MetaGMVAE, UnlabeledSets
 from .networks import MLP, Conv4, LinearHead
+from .packs import alone
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
 from .rows import Row, embedding_plan
+from .snapshots import clear, select, selected, snapshots_of
 from .stages import (
     centroids,
     clusters,
@@ -100,18 +104,19 @@ def trained(row: Row, checkpoint, seed=0, device="cpu", scale="quick", folder=No
 
     FileNotFoundError: there is no such file; ValueError: it is of another row, or of another network.
     """
-    if not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"no checkpoint {checkpoint}; umeta train {row.slug} --checkpoint makes one")
-    state = read_checkpoint(checkpoint)
+    path = training_file(row, checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; umeta train {row.slug} --checkpoint makes one")
+    state = read_checkpoint(path)
     of = state["config"].get("row")
-    if of not in (None, row.slug):
-        raise ValueError(f"{checkpoint} is of the row {of}, not of {row.slug}")
+    if of not in (None, row.slug, row.training_of):
+        raise ValueError(f"{path} is of the row {of}, not of {row.slug}")
     learner = untrained(row, seed, device, scale, folder)
     try:
-        learner.load_state_dict(state.get("best") or state["learner"])
+        learner.load_state_dict(state.get("best") or selected(snapshots_of(path), row.slug) or state["learner"])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{checkpoint} is of another network than {row.slug}: {reason}") from None
+        raise ValueError(f"{path} is of another network than {row.slug}: {reason}") from None
     return learner, state["step"]
 
 
@@ -170,14 +175,46 @@ def train_row(row: Row, scale: str, seed: int, device="cpu", checkpoint=None, st
     if row.budget(scale) == 0:
         return learner, NO_TRAINING
     early = early_stopping(row, scale, seed, device, stages) if row.validation else {}
-    endless = replace(row, validation={k: v for k, v in row.validation.items() if k != "patience"})  # may be changed
-    history = train(
+    if row.training_of:
+        return learner, _shared_training(learner, row, scale, seed, device, checkpoint, stages, **early)
+    return learner, _train(learner, row, scale, seed, device, checkpoint, stages, **early)
+
+
+def _train(learner, row: Row, scale: str, seed: int, device, checkpoint, stages, **during) -> dict:
+    return train(
         learner, training_tasks(row, scale, seed, device, stages), steps=row.budget(scale), tasks=row.tasks,
         way=row.way, shot=row.shot, query=row.query, lr=row.lr, clip=row.clip, seed=seed, device=device,
-        prepare=learner.prepare_gradients if isinstance(learner, LEO) else None,
-        checkpoint=checkpoint, config={"row": row.slug, "scale": scale, **plain(endless.protocol())}, **early,
+        prepare=learner.prepare_gradients if isinstance(learner, LEO) else None, checkpoint=checkpoint,
+        config={"row": row.training_of or row.slug, "scale": scale, **plain(row.training())}, **during,
     )  # fmt: skip
-    return learner, history
+
+
+def _shared_training(
+    learner, row: Row, scale: str, seed: int, device, checkpoint, stages, *, validate, validate_every: int, **_
+) -> dict:  # fmt: skip
+    """Train, or find trained, what rows share, and select this row's weights; those who come later wait meanwhile."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # under torchrun: processes of one run, of which one tests
+    with tempfile.TemporaryDirectory() as scratch:
+        file = training_file(row, checkpoint or Path(scratch) / "training.pt")
+        folder = snapshots_of(file)
+        with contextlib.nullcontext() if several else alone(file):
+            history = _train(learner, row, scale, seed, device, file, stages, validate_every=validate_every,
+                             snapshots=folder)  # fmt: skip
+        if os.environ.get("RANK", "0") == "0":
+            history |= select(learner, folder, validate, steps=row.budget(scale), every=validate_every, row=row.slug,
+                              plan={"scale": scale, "seed": seed, **plain(row.protocol())})  # fmt: skip
+    return history
+
+
+def training_file(row: Row, checkpoint) -> Path:
+    """The checkpoint of the row's training: if rows share it and `checkpoint` has the row's slug, under its own name.
+
+    So ``gmvae-5way-5shot-full-seed0.pt`` is ``gmvae-5way-1shot-full-seed0.pt``, whose training that row takes.
+    """
+    path = Path(checkpoint)
+    if row.training_of and path.name.startswith(row.slug):
+        return path.with_name(row.training_of + path.name.removeprefix(row.slug))
+    return path
 
 
 def early_stopping(row: Row, scale: str, seed: int, device="cpu", stages=None) -> dict:
@@ -192,7 +229,8 @@ def early_stopping(row: Row, scale: str, seed: int, device="cpu", stages=None) -
         at_once = {"max_images": _at_once(seen)} if seen.features is not None else {}
         return evaluate(learner, seen, **at_once, **task).mean
 
-    return {"validate": validate, "validate_every": min(plan["every"], -(-row.budget(scale) // 5)), "keep_best": True,
+    steps = row.steps[scale] if row.training_of else row.budget(scale)  # a shortened run may be gone on with
+    return {"validate": validate, "validate_every": min(plan["every"], -(-steps // 5)), "keep_best": True,
             "patience": plan.get("patience")}  # fmt: skip
 
 
@@ -336,7 +374,9 @@ def run_row(
         "paper_steps": row.steps["full"], "tasks_per_step": row.tasks, "deviation": row.departs, "cells": cells,
         "seconds": round(history["seconds"], 1), "test_seconds": round(time.perf_counter() - started, 1),
         "history": _thinned(history), "validation": history.get("validation", []),
+        "validation_seconds": round(history.get("validation_seconds", 0.0), 1),
         "protocol": plain(row.protocol()), "notebook": notebook,
+        **({"training_of": row.training_of} if row.training_of else {}),
         **embedding_record(row, scale, stages), **images_record(row, scale, stages), **origin,
     }  # fmt: skip
     write_record(record, folder)
@@ -378,10 +418,28 @@ def _thinned(history: dict, points: int = 100) -> dict:
     return {name: [round(history[name][i], 4) for i in keep] for name in ("step", "loss", "accuracy")}
 
 
-def expected_seconds(row: Row, scale: str, device="cpu") -> float | None:
+def _gmvae_seconds(row: Row, scale: str, training: bool) -> float:
+    """One thread: images encoded and decoded in training, or features; images of validations, tests and readings."""
+    decoded = row.options.get("decoded", row.options["samples"])
+    each = 6.3e-4 + 3e-4 * decoded if row.inputs == "images" else 3e-5 * decoded
+    steps, plan, test = row.budget(scale), row.validation, row.test_tasks[scale]
+    tasks = {"smoke": test, "quick": min(200, plan["tasks"]), "full": plan["tasks"]}[scale]
+    checks = -(-steps // min(plan["every"], -(-row.steps[scale] // 5)))
+    images = checks * tasks * plan["way"] * (plan["shot"] + plan["query"])
+    images += test * sum(way * (shot + row.test_query) for way, shot in row.tests)
+    for changes in row.readings.values():
+        for way, shot in row.tests[:2]:
+            alone = changes.get("inference") == "inductive"  # then each query has a set of its own
+            seen = way * row.test_query * (way * shot + 1) if alone else way * (shot + row.test_query)
+            images += min(test, changes.get("tasks", test)) * seen
+    return training * steps * row.tasks * row.shot * each + 4e-4 * images
+
+
+def expected_seconds(row: Row, scale: str, device="cpu", training=True) -> float | None:
     """Rough seconds of one run with one thread (or one GPU), the embedding and its partitions not counted.
 
-    None for residual networks (ImageNet), which nobody has timed.
+    `training` False: without a training that the row shares with others. None: a residual network (ImageNet), which
+    nobody has timed.
     """
     if row.network.get("residual"):
         return None
@@ -390,11 +448,8 @@ def expected_seconds(row: Row, scale: str, device="cpu") -> float | None:
     if row.learner == "leo":  # one thread, 12 tasks; measured at 1 and 5 shots
         return 15 + row.budget(scale) * (0.01 if torch.device(device).type == "cuda" else 0.005 + 0.025 * row.shot) + \
             0.01 * row.test_tasks[scale]
-    if row.learner == "gmvae":  # one thread: mostly decoding, per decoded image or vector; a test, per image
-        decoded = row.tasks * row.shot * row.options.get("decoded", row.options["samples"])
-        training = row.budget(scale) * decoded * (3e-4 if row.inputs == "images" else 3e-5)
-        test = row.test_tasks[scale] * 4e-4 * sum(way * (shot + row.test_query) for way, shot in row.tests)
-        return 15 + (training + test) / (100 if torch.device(device).type == "cuda" else 1)
+    if row.learner == "gmvae":
+        return 15 + _gmvae_seconds(row, scale, training) / (100 if torch.device(device).type == "cuda" else 1)
     size = "large" if row.dataset in ("mini_imagenet", "celeba", "imagenet") else "small"
     per_step, per_way, per_image = _RATES[row.learner, torch.device(device).type, size]
     if row.inputs == "embeddings":
@@ -449,14 +504,16 @@ def execute_notebook(row: Row, scale: str, seed: int, device="cpu", threads=1, f
     """Execute the paper's experiment notebook for one row with papermill; returns the path of the executed copy.
 
     The notebook calls `run_row`, so the record is written on the way. The copy and the checkpoint are
-    ``<runs>/<paper>/<row>-<scale>-seed<seed>`` with ``.ipynb`` and ``.pt``; `restart` deletes an old checkpoint.
-    Embeddings and partitions are in ``<runs>/<paper>/stages``.
+    ``<runs>/<paper>/<row>-<scale>-seed<seed>`` with ``.ipynb`` and ``.pt``; rows that share a training share the
+    checkpoint (see `training_file`). `restart` deletes an old checkpoint, with snapshots. Embeddings and partitions are
+    in ``<runs>/<paper>/stages``.
     """
     stem = Path(runs).resolve() / row.paper / f"{row.slug}-{scale}-seed{seed}"
     stem.parent.mkdir(parents=True, exist_ok=True)
-    copy, checkpoint = Path(f"{stem}.ipynb"), Path(f"{stem}.pt")
+    copy, checkpoint = Path(f"{stem}.ipynb"), training_file(row, f"{stem}.pt")
     if restart:
         checkpoint.unlink(missing_ok=True)
+        clear(snapshots_of(checkpoint))
     parameters = {"row": row.slug, "scale": scale, "seed": seed, "device": str(device), "threads": threads,
                   "results": str(results_folder(folder).resolve()), "checkpoint": str(checkpoint),
                   "stages": str(stem.parent / "stages"),

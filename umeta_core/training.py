@@ -16,6 +16,7 @@ from torch import nn
 
 from .episodes import Episodes
 from .packs import atomic
+from .snapshots import clear, take
 
 
 def noise_of_call(device, seed: int, call: int) -> torch.Generator:
@@ -51,6 +52,7 @@ def train(
     validate_every: int = 0,
     keep_best: bool = False,
     patience: int | None = None,
+    snapshots: str | Path | None = None,
     log_every: int = 100,
     config: dict | None = None,
     progress: bool = True,
@@ -71,6 +73,7 @@ def train(
         validate: called every `validate_every` steps; its value goes into the history. keep_best: at the end the
             learner has the weights of the highest value, not the last ones. patience: early stopping, once so many
             values in a row were no new highest; the history then says after how many steps, as "stopped".
+        snapshots: folder for the weights after every `validate_every` steps and after the last (see `snapshots`).
         config: what else must agree for a checkpoint to fit, for example the network's size.
 
     Under ``torchrun`` each process takes its share of every batch of tasks, gradients are averaged over all tasks that
@@ -79,7 +82,7 @@ def train(
 
     Returns:
         ``{"step": [...], "loss": [...], "accuracy": [...], "validation": [[step, value], ...], "seconds": float}``,
-        loss and accuracy averaged since the entry before.
+        loss and accuracy averaged since the entry before; with `validate` also "validation_seconds".
 
     Raises:
         NonFiniteLoss: the loss is not finite; nothing is written from then on.
@@ -91,6 +94,8 @@ def train(
                checkpoint=checkpoint)  # fmt: skip
     if run.step > steps:
         raise ValueError(f"{checkpoint} is at step {run.step:,}, beyond the {steps:,} asked for; choose another file")
+    if snapshots and run.step == 0 and run.rank == 0:
+        clear(snapshots)
     report = _Report(run, steps, progress and run.rank == 0)
     saved = time.monotonic()
     learner.train()
@@ -103,9 +108,9 @@ def train(
         if logged:
             report.show()
         if validate and validate_every and run.step % validate_every == 0:
-            run.history["validation"].append([run.step, run.agreed(validate(learner))])
-            if keep_best and run.is_best():
-                run.best = copy.deepcopy(learner.state_dict())
+            run.validate(validate, keep_best)
+        if snapshots and run.rank == 0 and (run.step % validate_every == 0 or run.step == steps):
+            take(learner, snapshots, run.step)
         if checkpoint and (time.monotonic() - saved > save_every or run.step == steps or run.is_stale(patience)):
             run.save()
             saved = time.monotonic()
@@ -155,6 +160,14 @@ class _Run:
             self.optimizer.param_groups[0]["lr"] = self.schedule(self.step)
         self.optimizer.step()
         self.step += 1
+
+    def validate(self, validate, keep_best: bool) -> None:
+        started = time.perf_counter()
+        self.history["validation"].append([self.step, self.agreed(validate(self.learner))])
+        if keep_best and self.is_best():
+            self.best = copy.deepcopy(self.learner.state_dict())
+        spent = self.history.get("validation_seconds", 0.0)
+        self.history["validation_seconds"] = spent + time.perf_counter() - started
 
     def is_best(self) -> bool:
         """Whether the last validation is above all before."""

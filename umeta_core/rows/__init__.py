@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ..data import ABOUT, known
 from ..results import matches, published
 from . import cactus, lasium, leo, meta_gmvae
@@ -21,7 +19,7 @@ def on_dataset(row: Row, dataset: str) -> Row:
     if dataset == row.dataset:
         return row
     split = "cactus" if dataset == "omniglot" else None
-    return replace(row, slug=f"{row.slug}-{dataset.replace('_', '-')}", dataset=dataset, split_protocol=split)
+    return row.renamed(f"-{dataset.replace('_', '-')}", dataset=dataset, split_protocol=split)
 
 
 def find_row(slug: str, dataset: str | None = None) -> Row:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from .plans import EmbeddingPlan, embedding_plan
 
 TEST_QUERY = 5  # per class (CACTUs, section 4.1)
+TEST_OPTIONS = ("covariance", "e_step", "inference", "test_samples")  # options of a learner that only tests look at
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Row:
     `validation` asks for early stopping: "every" so many steps on "tasks" tasks of the validation classes with "query"
     queries per class, of the "way" and "shot" of training if it does not name others. The best weights are kept, and
     training ends after "patience" validations without a new best, if that is named.
+
+    `training_of` is for rows that differ in validation and test alone: the slug of the row whose training they all
+    take, that row included. It keeps snapshots, and each row selects among them by its own `validation`, without
+    "patience".
 
     `readings` are other ways to test the same trained learner, by name, each as attributes of the learner, and "tasks"
     if these are to be fewer; they are measured in the first two tests.
@@ -75,6 +80,12 @@ class Row:
     deviation: str = ""
     fitted: str = ""
     at_most: int | None = None
+    training_of: str = ""
+
+    def renamed(self, suffix: str, **changes) -> Row:
+        """The row with a suffix to its slug and to the name of a training that it shares, and with other changes."""
+        shared = self.training_of and self.training_of + suffix
+        return replace(self, slug=self.slug + suffix, training_of=shared, **changes)
 
     @property
     def trained(self) -> bool:
@@ -132,6 +143,14 @@ class Row:
     def least(self) -> int:
         """R: images of each class in a training task."""
         return self.shot + self.query
+
+    def training(self) -> dict:
+        """What of the protocol bears on the training: what rows that share one must agree in."""
+        ours = ("test_query", "validation", *TEST_OPTIONS) if self.training_of else ()
+        kept = {name: value for name, value in self.protocol().items() if name not in ours}
+        if "validation" in kept:  # a longer patience may go on with the same run
+            kept["validation"] = {name: value for name, value in self.validation.items() if name != "patience"}
+        return kept
 
     def protocol(self) -> dict:
         """Every switch that moves a number, for the record."""

@@ -1,0 +1,91 @@
+"""Snapshots of a training, from which each of the rows that share it chooses its own weights.
+
+``<checkpoint>-snapshots/step-00001000.pt`` are the weights after 1000 steps, and ``<row>.json`` beside them is what a
+row has validated so far.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .packs import atomic
+
+
+def snapshots_of(checkpoint) -> Path:
+    """The folder of the snapshots of a training with this checkpoint."""
+    return Path(checkpoint).with_name(f"{Path(checkpoint).stem}-snapshots")
+
+
+def take(learner: nn.Module, folder, step: int) -> None:
+    """Write the weights as they are after `step` steps."""
+    with atomic(_file(folder, step)) as partial:
+        torch.save(learner.state_dict(), partial)
+
+
+def clear(folder) -> None:
+    """Remove the snapshots of an earlier training, and what was validated on them."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def select(
+    learner: nn.Module, folder, validate: Callable[[nn.Module], float], *, steps: int, every: int, row: str, plan: dict
+) -> dict:  # fmt: skip
+    """Give `learner` the weights that ``validate(learner)`` rates highest, the first of equals.
+
+    Looked at are the snapshots after each `every` steps and after the last of `steps`. Values are saved one by one, so
+    that an interrupted selection goes on; those of another `plan` are not used.
+
+    Returns:
+        ``{"validation": [[step, value], ...], "validation_seconds": float}``.
+
+    Raises:
+        ValueError: a snapshot is missing.
+    """
+    due = [*range(every, steps, every), steps]
+    missing = [str(step) for step in due if not _file(folder, step).is_file()]
+    if missing:
+        raise ValueError(f"{folder} has no snapshot of step {', '.join(missing)}; delete the checkpoint beside it, "
+                         "and the training starts afresh")  # fmt: skip
+    done = _validated(folder, row)
+    done = done if done.get("plan") == json.loads(json.dumps(plan)) else {"plan": plan, "values": [], "seconds": 0.0}
+    values = dict(done["values"])
+    for step in due:
+        if step not in values:
+            started = time.perf_counter()
+            learner.load_state_dict(_weights(folder, step))
+            values[step] = validate(learner)
+            done |= {"values": sorted(values.items()), "seconds": done["seconds"] + time.perf_counter() - started}
+            with atomic(_values_file(folder, row)) as partial:
+                partial.write_text(json.dumps(done))
+    learner.load_state_dict(_weights(folder, max(due, key=values.get)))
+    return {"validation": [[step, values[step]] for step in due], "validation_seconds": done["seconds"]}
+
+
+def selected(folder, row: str) -> dict | None:
+    """The weights that a row has rated highest so far; None: it has not validated any."""
+    values = dict(_validated(folder, row).get("values", []))
+    return _weights(folder, max(values, key=values.get)) if values else None
+
+
+def _validated(folder, row: str) -> dict:
+    file = _values_file(folder, row)
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _values_file(folder, row: str) -> Path:
+    return Path(folder) / f"{row}.json"
+
+
+def _file(folder, step: int) -> Path:
+    return Path(folder) / f"step-{step:08d}.pt"
+
+
+def _weights(folder, step: int) -> dict:
+    return torch.load(_file(folder, step), map_location="cpu", weights_only=True)
