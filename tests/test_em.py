@@ -274,3 +274,11 @@ def test_mistakes_are_named():
         em(z, start, e_step="diagonal")
     with pytest.raises(ValueError, match="floor=0 is not a variance"):
         em(z, start, floor=0)
+    with pytest.raises(ValueError, match="iterations=-1 is not"):
+        em(z, start, iterations=-1)
+    for x in (z[..., :2], z[:1]):
+        with pytest.raises(ValueError, match=r"labeled vectors .* do not fit; use \[T, m, d\] and \[T, n, d\]"):
+            em(z, start, labeled=(x, y[: len(x)]))
+    for other in (Mixture(start.weights[:, :3], start.mean), Mixture(start.weights, start.mean, start.mean[:1])):
+        with pytest.raises(ValueError, match="are not of one mixture"):
+            em(z, other)

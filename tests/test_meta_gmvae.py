@@ -589,7 +589,11 @@ def test_mistakes_are_named():
         ({"covariance": "full"}, "covariance='full' is not known; use identity or diagonal"),
         ({"inference": "both"}, "use transductive or inductive"),
         ({"covariance": "identity", "e_step": "diagonal"}, "needs covariance='diagonal'"),
-    ):
+        ({"decoded": 0}, "decoded=0 is too few; use 1 or more"),
+        ({"samples": 4, "decoded": 5}, "5 of 4 samples cannot be decoded; use 4 or fewer"),
+        ({"samples": 0}, "samples=0 is too few"), ({"test_samples": 0}, "test_samples=0 is too few"),
+        ({"chunk": 0}, "chunk=0 is too few"), ({"iterations": -1}, "iterations=-1 is too few; use 0 or more"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             feature_model(**options)
     with pytest.raises(ValueError, match="no decoder for 15x15 images"):

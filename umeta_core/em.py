@@ -99,6 +99,8 @@ def em(
 ) -> Mixture:  # fmt: skip
     """Fit T mixtures to z ``[T, n, d]`` in a fixed number of iterations (Meta-GMVAE, eq. 7; with `labeled`, eq. 10).
 
+    It starts from the weights and means of `start`, and from its variances where the E-step has variances.
+
     The M-step maximizes exactly, also where a variance is held at its floor or an empty component stays where it is.
     So the likelihood under the model of the E-step never falls. (eq-m-step)
 
@@ -115,7 +117,9 @@ def em(
             beyond K. On a GPU nothing waits to look: the mixture is then not finite either.
     """
     e_step = e_step or covariance
-    _check(z, start, labeled, covariance, e_step, floor)
+    _check(z, start, covariance, e_step, floor, iterations)
+    if labeled is not None:
+        _check_labeled(*labeled, start.mean.shape[1], z)
     dtype, center = z.dtype, z.mean(1, keepdim=True)
     work = torch.float64 if e_step == "diagonal" else dtype
     z, mixture = (z - center).to(work), Mixture(start.weights.to(work), (start.mean - center).to(work))
@@ -164,7 +168,7 @@ def _equal(z: Tensor, k: int) -> Tensor:
     return z.new_full((len(z), k), 1 / k)
 
 
-def _check(z: Tensor, start: Mixture, labeled, covariance: str, e_step: str, floor: float) -> None:
+def _check(z: Tensor, start: Mixture, covariance: str, e_step: str, floor: float, iterations: int) -> None:
     for what, value in (("covariance", covariance), ("e_step", e_step)):
         if value not in ("identity", "diagonal"):
             raise ValueError(f"{what}={value!r} is not known; use identity or diagonal")
@@ -172,21 +176,33 @@ def _check(z: Tensor, start: Mixture, labeled, covariance: str, e_step: str, flo
         raise ValueError("e_step='diagonal' needs covariance='diagonal': there are no variances to assign with")
     if floor <= 0:
         raise ValueError(f"floor={floor} is not a variance; use a number above 0")
+    if iterations < 0:
+        raise ValueError(f"iterations={iterations} is not a number of iterations; use 0 or more")
     if z.dim() != 3 or start.mean.dim() != 3 or z.shape[0] != len(start.mean) or z.shape[2] != start.mean.shape[2]:
         raise ValueError(f"vectors of shape {tuple(z.shape)} and means of shape {tuple(start.mean.shape)} do not fit; "
                          "use [T, n, d] and [T, K, d]")  # fmt: skip
+    variance = start.mean if start.variance is None else start.variance
+    if start.weights.shape != start.mean.shape[:2] or variance.shape != start.mean.shape:
+        shapes = ", ".join(str(tuple(s.shape)) for s in (start.weights, start.mean, variance))
+        raise ValueError(f"weights, means and variances of shapes {shapes} are not of one mixture; use [T, K], "
+                         "[T, K, d] and [T, K, d]")  # fmt: skip
     if not z.shape[1]:
         raise ValueError("no unlabeled vectors; the mixture of labeled ones alone is `labeled_start`")
     _check_finite(z)
-    if labeled is not None:
-        _check_labels(*labeled, start.mean.shape[1])
-        _check_finite(labeled[0])
 
 
 def _check_finite(z: Tensor) -> None:
     if not z.is_cuda and not torch.isfinite(z).all():
         bad = int((~torch.isfinite(z)).any(2).sum())
         raise ValueError(f"{bad} of {z.shape[0] * z.shape[1]} vectors are not finite; no mixture fits them")
+
+
+def _check_labeled(x: Tensor, y: Tensor, k: int, z: Tensor) -> None:
+    _check_labels(x, y, k)
+    if (x.shape[0], x.shape[2]) != (z.shape[0], z.shape[2]):
+        raise ValueError(f"labeled vectors of shape {tuple(x.shape)} and unlabeled ones of shape {tuple(z.shape)} do "
+                         "not fit; use [T, m, d] and [T, n, d]")  # fmt: skip
+    _check_finite(x)
 
 
 def _check_labels(x: Tensor, y: Tensor, k: int) -> None:

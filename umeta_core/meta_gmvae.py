@@ -279,7 +279,7 @@ class MetaGMVAE(nn.Module):
         decoded: how many of the N samples are decoded in training; None: all. Decoding is nearly all of the work, and
             the objective has the same expectation; fewer `samples` are something else, as EM then fits its prior to
             fewer points, those of the divergence, which comes out too small.
-        iterations: of EM.
+        iterations: of EM; 0 leaves its start.
         learn_weights: whether EM in training learns the mixing weights.
         covariance: of the components at test time, "diagonal" or "identity".
         e_step: covariance by which EM assigns queries at test time: "identity" (reference code) or "diagonal" (eq. 10).
@@ -290,6 +290,9 @@ class MetaGMVAE(nn.Module):
         chunk: images decoded at a time, about: whole samples of the batch, which share batch statistics.
         seed: of sampling. At test time the noise is the same for all episodes and calls.
         generator: source of the initial weights.
+
+    Raises:
+        ValueError: an unknown switch, a number that is too small, or more samples decoded than drawn.
     """
 
     def __init__(
@@ -299,14 +302,9 @@ class MetaGMVAE(nn.Module):
         weight_decay=0.0, chunk=4800, seed=0, generator: torch.Generator | None = None,
     ):  # fmt: skip
         super().__init__()
-        for what, value, known in (
-            ("covariance", covariance, ("identity", "diagonal")), ("e_step", e_step, ("identity", "diagonal")),
-            ("inference", inference, ("transductive", "inductive")), ("reduce", reduce, ("mean", "sum")),
-        ):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"{what}={value!r} is not known; use {' or '.join(known)}")
-        if covariance == "identity" and e_step == "diagonal":
-            raise ValueError("e_step='diagonal' needs covariance='diagonal'")
+        _check_switches(covariance=covariance, e_step=e_step, inference=inference, reduce=reduce)
+        _check_numbers(samples=samples, decoded=decoded, test_samples=test_samples, components=components, chunk=chunk,
+                       iterations=iterations)  # fmt: skip
         self.encoder, self.decoder, self.latent, self.components = encoder, decoder, latent, components
         self.samples, self.decoded, self.test_samples = samples, decoded, test_samples or samples
         self.iterations = iterations
@@ -474,6 +472,25 @@ class MetaGMVAE(nn.Module):
 
     def set_extra_state(self, state: dict) -> None:
         self.draws = state["draws"]
+
+
+def _check_switches(**given: str) -> None:
+    known = {"inference": ("transductive", "inductive"), "reduce": ("mean", "sum")}
+    for what, value in given.items():
+        choices = known.get(what, ("identity", "diagonal"))
+        if value not in choices:
+            raise ValueError(f"{what}={value!r} is not known; use {' or '.join(choices)}")
+    if given["covariance"] == "identity" and given["e_step"] == "diagonal":
+        raise ValueError("e_step='diagonal' needs covariance='diagonal'")
+
+
+def _check_numbers(samples: int, decoded: int | None, **given: int | None) -> None:
+    for what, value in {"samples": samples, "decoded": decoded, **given}.items():
+        least = 0 if what == "iterations" else 1
+        if value is not None and value < least:
+            raise ValueError(f"{what}={value} is too few; use {least} or more")
+    if decoded is not None and decoded > samples:
+        raise ValueError(f"{decoded} of {samples} samples cannot be decoded; use {samples} or fewer, or None for all")
 
 
 class _Reconstruction(torch.autograd.Function):

@@ -11,6 +11,8 @@ from dataclasses import replace
 from .base import Row
 
 _OMNIGLOT_SET = {5: 200, 20: 300}  # M, images of a training episode
+_SWITCHES = {"inference": "transductive", "covariance": "diagonal", "e_step": "identity", "iterations": 10,
+             "learn_weights": True}  # those of the released code, which a record is to name
 _WAYS = (2, 5, 10, 15, 20, 30, 40, 50)  # of Table 2, right
 _READINGS = {
     "diagonal E-step": {"e_step": "diagonal"},
@@ -38,7 +40,7 @@ def _row(slug: str, method: str, dataset: str, way: int, shot: int, size: int, *
         test_tasks=_TESTS, dataset=dataset, split_protocol="meta_gmvae" if dataset == "omniglot" else None,
         validation=_selected(way, shot),
     )  # fmt: skip
-    options = {"components": way, "samples": 32, "weight_decay": 1e-6} | more.pop("options", {})
+    options = _SWITCHES | {"components": way, "samples": 32, "weight_decay": 1e-6} | more.pop("options", {})
     return Row(slug=slug, method=method, options=options, **(common | more))
 
 
