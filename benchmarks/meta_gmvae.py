@@ -8,6 +8,7 @@ The loop is EM as one would write it down for one episode: the density of every 
 difference of both, ``[samples, K, 64]``. Its step has that EM, whose graph it builds and does not use as the authors'
 code, and PyTorch's layers in their default memory format. Before anything is timed, both give the same mixtures, losses
 and gradients in float64. The loop, too, profits from `umeta_core.speed.tune_cpu`: its step takes twice as long without.
+EM's extra memory is printed for several numbers of samples: it is linear in them.
 """
 
 from __future__ import annotations
@@ -176,6 +177,31 @@ def step(loss, parameters):
     return once
 
 
+def extra_memory(run, device):
+    """MiB that `run` holds at most beyond what there was before."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most / 2**20
+
+
+def memory(device):
+    """EM's memory against the number of samples: its largest tensors are [T, samples, d] and [T, K, samples]."""
+    for samples in (4, 8, 16, 32):
+        found = {name: extra_memory(ours, device) for name, (ours, _) in em_pairs(samples, device).items()}
+        text = ", ".join(f"{name} {mib:6.1f} MiB" for name, mib in found.items())
+        print(f"  extra memory at N = {samples:2}: {text}", flush=True)
+
+
 def report(what, times, target):
     ours, loop = (statistics.median(times[name]) for name in ("umeta", "loop"))
     ratio = statistics.median(b / a for a, b in zip(times["umeta"], times["loop"]))
@@ -191,6 +217,7 @@ def main():
         for name, (ours, theirs) in em_pairs(samples, args.device).items():
             times = interleaved({"umeta": ours, "loop": theirs}, args.repeats, args.device)
             report(f"{name}, N = {samples}", times, FASTER_EM)
+    memory(args.device)
     model, plain, _ = models(args.samples, args.device, torch.float32)
     e = sets(EPISODES, SET, args.device, torch.float32)
     noise = torch.Generator(args.device).manual_seed(0)

@@ -427,12 +427,14 @@ def _gmvae_seconds(row: Row, scale: str, training: bool) -> float:
     checks = -(-steps // min(plan["every"], -(-row.steps[scale] // 5)))
     images = checks * tasks * plan["way"] * (plan["shot"] + plan["query"])
     images += test * sum(way * (shot + row.test_query) for way, shot in row.tests)
+    alone = 0  # images where each query has a set of its own: EM then has few samples to assign
     for changes in row.readings.values():
         for way, shot in row.tests[:2]:
-            alone = changes.get("inference") == "inductive"  # then each query has a set of its own
-            seen = way * row.test_query * (way * shot + 1) if alone else way * (shot + row.test_query)
-            images += min(test, changes.get("tasks", test)) * seen
-    return training * steps * row.tasks * row.shot * each + 4e-4 * images
+            if changes.get("inference") == "inductive":
+                alone += min(test, changes.get("tasks", test)) * way * row.test_query * (way * shot + 1)
+            else:
+                images += test * way * (shot + row.test_query)
+    return training * steps * row.tasks * row.shot * each + 4e-4 * images + 6e-5 * alone
 
 
 def expected_seconds(row: Row, scale: str, device="cpu", training=True) -> float | None:

@@ -17,7 +17,7 @@ _WAYS = (2, 5, 10, 15, 20, 30, 40, 50)  # of Table 2, right
 _READINGS = {
     "diagonal E-step": {"e_step": "diagonal"},
     "identity covariance": {"covariance": "identity"},
-    "inductive": {"inference": "inductive", "tasks": 200},  # 7 to 30 times the work of the others
+    "inductive": {"inference": "inductive", "tasks": 200},  # 3 to 10 times the work of the others
 }
 # Table 2, left: what is left out of the whole model, and whose training it then is ("": its own, "whole": all parts).
 _ABLATIONS = (
