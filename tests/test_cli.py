@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from umeta_core import cli, experiments, results, rows, stages
+from umeta_core import cli, costs, experiments, results, rows, stages
 from umeta_core.cli import main
 from umeta_core.embeddings.base import write_atomically
 
@@ -100,16 +100,16 @@ def test_the_plan_counts_what_must_be_made_first(tmp_path, capsys):
     assert fit == "  before: embedding short ACAI of omniglot, 50 epochs: about 46 min"
     assert total == "2 of 2 runs to do on cpu and 2 stages before; one after another about 12.4 h"
     row = rows.find_row("cactus-protonets-bigan")
-    assert [what.split(",")[0] for what, _ in experiments.missing_stages(row, "full", 0, folder=tmp_path).values()] == [
+    assert [what.split(",")[0] for what, _ in costs.missing_stages(row, "full", 0, folder=tmp_path).values()] == [
         "embedding BiGAN of omniglot", "100 partitions of BiGAN of omniglot by 500 clusters"]  # fmt: skip
     write_atomically({"epoch": 100}, stages.fit_file(row, "full", tmp_path))
-    what, seconds = experiments.missing_stages(row, "full", 0, folder=tmp_path)[stages.fit_file(row, "full", tmp_path)]
+    what, seconds = costs.missing_stages(row, "full", 0, folder=tmp_path)[stages.fit_file(row, "full", tmp_path)]
     assert what.endswith("400 epochs of which 100 are done") and seconds == 300 * row.plan.seconds
     for file in (stages.vectors_file(row, "train", "full", tmp_path), *stages.stage_files(row, "full", 0, tmp_path)):
-        assert len(experiments.missing_stages(row, "full", 0, folder=tmp_path)) > 0
+        assert len(costs.missing_stages(row, "full", 0, folder=tmp_path)) > 0
         file.touch()
-    assert experiments.missing_stages(row, "full", 0, folder=tmp_path) == {}
-    assert experiments.embedding_seconds(rows.find_row("knn-bigan-mini-imagenet"), "full") is None  # not known
+    assert costs.missing_stages(row, "full", 0, folder=tmp_path) == {}
+    assert costs.embedding_seconds(rows.find_row("knn-bigan-mini-imagenet"), "full") is None  # not known
 
 
 def test_a_run_that_stopped_early_goes_on(tmp_path, capsys):
@@ -156,7 +156,7 @@ def test_the_list_says_what_is_unknown_and_what_stopped_early(capsys):
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "2 cores time unknown, one GPU time unknown" in lines["scratch-imagenet"]
     assert "(7 of 30,000 steps)" in cli._state({"scale": "full", "seed": 0, "steps": 7}, 30_000)
-    assert cli._state({"scale": "full", "seed": 0, "steps": 9, "stopped_early": True, "paper_steps": 20}, 20) == \
+    assert cli._state({"scale": "full", "seed": 0, "steps": 9, "budget": 20}, 20) == \
         "full seed 0"  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def test_expected_times_fit_the_records():
     for record in results.read_records("cactus"):
         if record["row"] in ("oracle-maml-5way", "random-maml-5way", "pixels-maml-5way") and record["scale"] == "full":
             row = replace(rows.find_row(record["row"]), at_most=record["steps"])
-            ratio = experiments.expected_seconds(row, "full") / (record["seconds"] + record["test_seconds"])
+            ratio = costs.expected_seconds(row, "full") / (record["seconds"] + record["test_seconds"])
             assert 0.5 < ratio < 2
 
 
@@ -205,9 +205,9 @@ def test_every_scale_is_no_larger_than_the_next():
         assert row.test_tasks["smoke"] <= row.test_tasks["quick"] <= row.test_tasks["full"]
         assert row.paper != "cactus" or row.test_tasks["full"] == 1000
         if row.network.get("residual"):
-            assert experiments.expected_seconds(row, "full") is None  # nobody has timed it
+            assert costs.expected_seconds(row, "full") is None  # nobody has timed it
             continue
-        smoke, quick, full = (experiments.expected_seconds(row, scale) for scale in results.SCALES)
+        smoke, quick, full = (costs.expected_seconds(row, scale) for scale in results.SCALES)
         assert 0 < smoke <= quick <= full and smoke < 400
 
 

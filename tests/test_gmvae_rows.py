@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from umeta_core import stages
+from umeta_core.costs import expected_seconds
 from umeta_core.embeddings.base import write_atomically
-from umeta_core.experiments import early_stopping, expected_seconds, run_row, train_row, untrained
+from umeta_core.experiments import early_stopping, run_row, train_row, untrained
 from umeta_core.meta_gmvae import MetaGMVAE
 from umeta_core.results import matches, published
 from umeta_core.rows import ROWS, find_row

@@ -274,7 +274,7 @@ def _print_list(rows, more, folder: Path) -> None:
 
     `more` rows follow, which run when they are asked for by name.
     """
-    from .experiments import embedding_seconds
+    from .costs import embedding_seconds
 
     paper = rows[0].paper
     numbers, records = results.published(paper, folder), results.read_records(paper, folder)
@@ -293,7 +293,7 @@ def _print_list(rows, more, folder: Path) -> None:
 
 def _row_line(row, numbers: list[dict], records: list[dict]) -> str:
     """What the list says of a row: table, published numbers, its records, time."""
-    from .experiments import expected_seconds
+    from .costs import expected_seconds
 
     mine = [n for n in numbers if (n["way"], n["shot"]) in row.tests and results.matches(n, vars(row))]
     cells = {(n["way"], n["shot"]): n["value"] for n in sorted(mine, key=lambda n: n["table"] == row.table)}
@@ -313,7 +313,8 @@ def _state(record: dict, steps: int) -> str:
 
 def _print_plan(arguments, rows, folder: Path) -> list[Path]:
     """One line per run, one per stage that must be made first, and their time. Returns records that stopped early."""
-    from .experiments import expected_seconds, missing_stages, training_file
+    from .costs import expected_seconds, missing_stages
+    from .experiments import training_file
 
     todo, stages, shortened, width = [], {}, [], max(len(row.slug) for row in rows)
     counted = set()  # trainings that rows before have done
