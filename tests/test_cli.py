@@ -265,7 +265,7 @@ def test_reproduce_runs_records_and_resumes(tmp_path):
     assert results.read_records("cactus", tmp_path / "results") == [record]
 
     path = Path(record["file"])  # as if that run had stopped early; and another row of the same table
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 1}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 1, "budget": 1}))
     both = "oracle-protonets,matching-random-network"
     other = umeta(*((both if a == "oracle-protonets" else a) for a in arguments))
     assert other.returncode == 0 and "goes on: the record has 1 steps" in other.stdout, other.stdout + other.stderr
