@@ -31,8 +31,8 @@ def expected_seconds(row: Row, scale: str, device="cpu", training=True) -> float
     if row.learner in BASELINES:
         return 20 + 0.05 * row.test_tasks[scale] * (row.learner == "mlp")
     if row.learner == "leo":  # one thread, 12 tasks; measured at 1 and 5 shots
-        return 15 + row.budget(scale) * (0.01 if torch.device(device).type == "cuda" else 0.005 + 0.025 * row.shot) + \
-            0.01 * row.test_tasks[scale]
+        each = 0.01 if torch.device(device).type == "cuda" else 0.008 + 0.007 * row.shot
+        return 15 + row.budget(scale) * each + 0.005 * row.test_tasks[scale]
     if row.learner == "gmvae":
         return 15 + _gmvae_seconds(row, scale, training) / (100 if torch.device(device).type == "cuda" else 1)
     size = "large" if row.dataset in ("mini_imagenet", "celeba", "imagenet") else "small"
