@@ -315,7 +315,7 @@ def _baseline(row: Row, scale: str, seed: int, support: int, device, stages):
     if row.learner == "knn":
         return NearestNeighbors, [k for k in (1, 3, 5, 10) if k <= support]
     if row.learner == "linear":
-        return LinearClassifier, [0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0]
+        return LinearClassifier, [10.0**power for power in range(-5, 5)]
     if row.learner == "mlp":
 
         def make(dropout):

@@ -30,6 +30,7 @@ _PLACES = {
 _WIDTH = {("ACAI", "omniglot"): 256, ("ACAI", "mnist"): 256, ("BiGAN", "omniglot"): 200, ("BiGAN", "mnist"): 50,
           ("InfoGAN", "mnist"): 12, ("BiGAN", "mini_imagenet"): 200, ("BiGAN", "celeba"): 200,
           ("DeepCluster", "mini_imagenet"): 256, ("DeepCluster", "celeba"): 256, ("PCA pixels", "omniglot"): 256,
+          ("PCA-16 pixels", "omniglot"): 16,
           ("random network", "omniglot"): 256}  # fmt: skip
 
 
@@ -201,8 +202,8 @@ _OMNIGLOT = [
     *_controls("omniglot"), _RANDOM, _PIXELS,
     *(row for e in ("ACAI", "BiGAN") for row in (*_probes("omniglot", e, 500), *_hyperplanes("omniglot", e),
                                                  *_cactus("omniglot", e))),
-    *(row for e in ("PCA pixels", "random network") for row in (*_probes("omniglot", e, 500)[:4],
-                                                                *_cactus("omniglot", e))),
+    *(row for e in ("PCA pixels", "PCA-16 pixels", "random network") for row in (*_probes("omniglot", e, 500),
+                                                                                 *_cactus("omniglot", e))),
 ]  # fmt: skip
 
 ROWS = (

@@ -93,6 +93,7 @@ EMBEDDINGS = {
         "simclr", {"autocast": True, "schedule": "cosine"}, _epochs(1, 1, 10), batch=512,
         deviation="SimCLR for 10 epochs"),
     ("PCA pixels", "omniglot"): EmbeddingPlan("pca", {"d": 256}, _epochs(1, 1, 1)),
+    ("PCA-16 pixels", "omniglot"): EmbeddingPlan("pca", {"d": 16}, _epochs(1, 1, 1)),
     ("random network", "omniglot"): EmbeddingPlan("random", {}, _epochs(1, 1, 1)),
 }  # fmt: skip
 
