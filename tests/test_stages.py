@@ -33,8 +33,8 @@ def test_every_row_has_a_plan_for_its_embedding():
 def test_plans_build_embeddings_of_the_published_width():
     sizes = {"omniglot": (1, 28, 5), "mnist": (1, 28, 5), "mini_imagenet": (3, 84, 5), "celeba": (3, 84, 5)}
     sizes |= {"tiered_imagenet": (3, 84, 5), "glyphs": (1, 28, 5), "celeba_identity": (3, 84, 5)}
-    widths = {"ACAI": 256, "DeepCluster": 256, "InfoGAN": 12, "PCA pixels": 256, "random network": 256, "SimCLR": 256,
-              "features": 256}  # fmt: skip
+    widths = {"ACAI": 256, "DeepCluster": 256, "InfoGAN": 12, "PCA pixels": 256, "PCA-16 pixels": 16,
+              "random network": 256, "SimCLR": 256, "features": 256}  # fmt: skip
     built = {}
     for (name, dataset), plan in EMBEDDINGS.items():
         if plan.kind == "given":
