@@ -66,10 +66,15 @@ class AugmentedTasks:
     Args:
         augment: maps uint8 images ``[n, C, H, W]`` and a generator to changed ones, for example `umtra_drawings` or
             `auto_augment`.
+        embed: maps uint8 images ``[n, C, H, W]`` to vectors ``[n, d]``, which the episodes show instead of the images
+            (Meta-GMVAE, Table 10).
     """
 
-    def __init__(self, images: ImageSet, augment: Callable[[Tensor, torch.Generator], Tensor] = umtra_drawings):
-        self.images, self.augment = images, augment
+    def __init__(
+        self, images: ImageSet, augment: Callable[[Tensor, torch.Generator], Tensor] = umtra_drawings,
+        embed: Callable[[Tensor], Tensor] | None = None,
+    ):  # fmt: skip
+        self.images, self.augment, self.embed = images, augment, embed
 
     def sample(self, tasks: int, way: int, shot: int, query: int, generator: torch.Generator) -> Episodes:
         """Draw `tasks` N-way 1-shot episodes; the support is the image itself, each query a copy of its own.
@@ -87,5 +92,9 @@ class AugmentedTasks:
         index = sample_without_replacement(count, way, generator)  # [T, N]
         pixels = self.images.images
         x = pixels[index.to(pixels.device)].to(index.device)
-        copies = self.augment(x.flatten(0, 1).repeat_interleave(query, 0), generator).unflatten(0, (tasks, way, query))
-        return Episodes(x.unsqueeze(2).float().div_(255), copies.float().div_(255))
+        copies = self.augment(x.flatten(0, 1).repeat_interleave(query, 0), generator)
+        if self.embed is None:
+            support, copies = x.float().div_(255), copies.float().div_(255)
+        else:
+            support, copies = self.embed(x.flatten(0, 1)).unflatten(0, (tasks, way)), self.embed(copies)
+        return Episodes(support.unsqueeze(2), copies.unflatten(0, (tasks, way, query)))

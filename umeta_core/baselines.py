@@ -141,6 +141,8 @@ class LinearClassifier:
 
     Args:
         c: inverse strength of the weight decay.
+        standardize: divide every feature by its standard deviation in the task's support set first, as scikit-learn's
+            StandardScaler (Meta-GMVAE, LR (SimCLR); reference code, not in the paper).
         tolerance: largest relative error of the weights.
         steps: a warning says so if some task needs more.
 
@@ -149,6 +151,7 @@ class LinearClassifier:
     """
 
     c: float = 1.0
+    standardize: bool = False
     tolerance: float = 1e-4
     steps: int = 2000
 
@@ -160,6 +163,10 @@ class LinearClassifier:
     def predict(self, episodes: Episodes) -> Tensor:
         """Query logits ``[T, N*Q, N]``."""
         xs, ys, xq = _embeddings(episodes)
+        if self.standardize:
+            deviation = xs.std(1, correction=0, keepdim=True)
+            deviation = torch.where(deviation > 0, deviation, 1)
+            xs, xq = xs / deviation, xq / deviation
         mean = xs.mean(1, keepdim=True)
         xs, y = xs - mean, F.one_hot(ys, episodes.way).to(xs.dtype)
         size = len(xs) if xs.is_cuda else max(1, GROUP // xs.shape[1] ** 2)

@@ -34,6 +34,7 @@ from .stages import (
     centroids,
     fit_embedding,
     fitted_by,
+    images_of,
     make_partitions,
     published_file,
     shown,
@@ -108,14 +109,14 @@ def trained(row: Row, checkpoint, seed=0, device="cpu", scale="quick", folder=No
 
 def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
     """The row's source of training tasks; stages that it needs are made or read (see `stages`)."""
+    if row.source == "augmented":
+        return _augmented_tasks(row, scale, device, folder)
     images, features = _training_images(row, scale, device, folder)
     if row.source == "latent":
         ahead = 50 if torch.device(device).type == "cuda" else 1  # larger batches are faster on a GPU only
         return LatentTasks(images, fit_embedding(row, scale, device, folder), ahead=ahead, **row.latent)
     if row.source == "unlabeled":
         return UnlabeledSets(images, features)
-    if row.source == "augmented":
-        return AugmentedTasks(images, umtra_drawings if images.images.shape[1] == 1 else auto_augment)
     if row.source == "attributes":
         least = max(10, row.least())  # the paper's 4287 prototypes have ten images in each class
         return AttributeTasks(images, attribute_prototypes(images, sorted(images.attribute_names)[:20], least))
@@ -125,6 +126,13 @@ def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
             return labeled
     clustered = PartitionTasks(images, make_partitions(row, scale, seed, device, folder), features)
     return MixedTasks(labeled, clustered, row.mix) if row.source == "mixed" else clustered
+
+
+def _augmented_tasks(row: Row, scale: str, device, folder) -> AugmentedTasks:
+    """UMTRA's tasks, of images; or, if the row learns on vectors, of those of the images and of their copies."""
+    images = images_of(row, "train", device)
+    embed = None if row.inputs == "images" else fit_embedding(row, scale, device, folder).embed
+    return AugmentedTasks(images, umtra_drawings if images.images.shape[1] == 1 else auto_augment, embed)
 
 
 def _training_images(row: Row, scale: str, device, folder) -> tuple[ImageSet, torch.Tensor | None]:
@@ -315,6 +323,8 @@ def _baseline(row: Row, scale: str, seed: int, support: int, device, stages):
     if row.learner == "knn":
         return NearestNeighbors, [k for k in (1, 3, 5, 10) if k <= support]
     if row.learner == "linear":
+        if row.options:  # of a paper that does not tune it
+            return (lambda _: LinearClassifier(**row.options)), []
         return LinearClassifier, [10.0**power for power in range(-5, 5)]
     if row.learner == "mlp":
 

@@ -124,7 +124,8 @@ class Row:
     def splits(self) -> tuple:
         """The splits whose images the row uses: "val" only if it is tuned, stopped early or trained on it."""
         used = {"test", self.test_split, *(self.train_splits if self.trained or self.learner == "matching" else ())}
-        used |= {"val"} if self.validation or self.learner in ("knn", "linear", "mlp", "ridge") else set()
+        tuned = self.learner in ("knn", "mlp", "ridge") or self.learner == "linear" and not self.options
+        used |= {"val"} if self.validation or tuned else set()
         return tuple(split for split in ("train", "val", "test") if split in used)
 
     @property

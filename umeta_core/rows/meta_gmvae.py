@@ -61,31 +61,35 @@ def _ablation(slug: str, method: str, variant: str, shared: str, options: dict) 
                      training_of=shared.replace("whole", "gmvae-20way-1shot"))  # fmt: skip
 
 
-def _mini(slug: str, method: str, table: str, tests, variant="", size=5, tasks=16, options=None, shared="") -> Row:
+def _mini(slug, method: str, table: str, tests, variant="", size=5, tasks=16, options=None, shared="", **more) -> Row:
     """On SimCLR features. Weight decay and 32 numbers in z are from the reference code; the paper says 64."""
     settings = {"samples": 256, "latent": 32, "weight_decay": 5e-2} | (options or {})
     return _row(slug, method, "mini_imagenet", 5, 1, size, tests=tests, table=table, variant=variant, options=settings,
                 embedding="SimCLR", inputs="embeddings", lr=1e-4, tasks=tasks, training_of=shared,
-                steps={"smoke": 2, "quick": 300, "full": 15_000})  # fmt: skip
+                steps={"smoke": 2, "quick": 300, "full": 15_000}, **more)  # fmt: skip
 
 
 def _mini_rows() -> list[Row]:
     shots = tuple((5, shot) for shot in (1, 5, 20))
     probe = Row(slug="lr-simclr-mini-imagenet", method="LR (SimCLR)", learner="linear", table="2-left",
                 paper="meta_gmvae", dataset="mini_imagenet", split_protocol=None, embedding="SimCLR",
-                inputs="embeddings", tests=(*shots, (5, 50)), test_query=15, test_tasks=_TESTS)  # fmt: skip
+                inputs="embeddings", tests=(*shots, (5, 50)), test_query=15, test_tasks=_TESTS,
+                options={"c": 1.0, "standardize": True})  # fmt: skip
     clusters = replace(probe, slug="cactus-maml-simclr-mini-imagenet", method="CACTUs-MAML", learner="maml", table="10",
                        source="clusters", clusters=500, partitions=50, way=5, tasks=8, query=5, clip=2.0,
                        network={"hidden": ()}, steps={"smoke": 2, "quick": 300, "full": 60_000},
                        options={"inner_lr": 0.05, "inner_steps": 5, "test_steps": 50, "inner_loss": "sum"})  # fmt: skip
+    copies = replace(clusters, slug="umtra-maml-simclr-mini-imagenet", method="UMTRA", source="augmented", clusters=0,
+                     partitions=0, query=1)  # fmt: skip
     ablations = [
         _mini(f"{slug}-mini-imagenet", "Vanilla VAE (SimCLR)" if slug == "vanilla-vae" else method, "2-left", ((5, 1),),
               variant, options=options, shared=shared and f"{shared.replace('whole', 'gmvae')}-mini-imagenet")
         for slug, method, variant, shared, options in _ABLATIONS
     ]  # fmt: skip
     return [
-        probe, clusters, *ablations,
-        _mini("gmvae-mini-imagenet", "Meta-GMVAE", "9", shots, "Ep+Set+sigma2", shared="gmvae-mini-imagenet"),
+        probe, clusters, copies, *ablations,
+        _mini("gmvae-mini-imagenet", "Meta-GMVAE", "9", shots, "Ep+Set+sigma2", shared="gmvae-mini-imagenet",
+              readings=_READINGS),
         _mini("gmvae-50shot-mini-imagenet", "Meta-GMVAE", "9", ((5, 50),), "Ep+Set+sigma2", size=200, tasks=4),
     ]  # fmt: skip
 
