@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .episodes import Episodes
-from .fast_leo import QueryLoss
+from .fast_leo import Pairs, QueryLoss
 from .losses import accuracy, cross_entropy
 from .networks import glorot_uniform
 from .training import noise_of_call
@@ -110,11 +110,9 @@ class LEO(nn.Module):
         """
         first, second, last = self.relation
         way, shot = support.shape[1:3]
-        e = (self._drop(support, noise) @ self.encoder).flatten(1, 2)
-        left, right = e @ first[: self.latent], e @ first[self.latent :]
-        pairs = (left.unsqueeze(2) + right.unsqueeze(1)).relu_()  # [T, NK, NK, 2 n_z]
-        pairs = (pairs @ second).relu_().unflatten(1, (way, shot))
-        statistics = pairs.sum((2, 3)) / (shot * e.shape[1]) @ last
+        e = self._drop(support, noise) @ self.encoder
+        left, right = e @ first[: self.latent], (e @ first[self.latent :]).flatten(1, 2)
+        statistics = Pairs.apply(left, right, second) / (way * shot**2) @ last
         mean, s = statistics.split(self.latent, -1)
         return mean, deviation(s, self._offset())
 
