@@ -55,9 +55,10 @@ def test_plans_build_embeddings_of_the_published_width():
 
 
 def test_views_of_an_embedding_share_its_weights(tmp_path, monkeypatch):
-    """The multi-view features go on from the checkpoint of the center crop's, whose options are others."""
-    fits = []
-    monkeypatch.setattr(stages, "build_embedding", lambda plan, *_, **__: Recorded())
+    """The multi-view features go on from the checkpoint of the center crop's, whose options are others; and a
+    DeepCluster is whitened in two ways."""
+    fits, built = [], []
+    monkeypatch.setattr(stages, "build_embedding", lambda plan, *_, **__: built.append(plan.options) or Recorded())
     monkeypatch.setattr(stages, "images_of", lambda *_: load("glyphs", "val"))
 
     class Recorded:
@@ -67,9 +68,11 @@ def test_views_of_an_embedding_share_its_weights(tmp_path, monkeypatch):
         def fit(self, images, **options):
             fits.append((options["checkpoint"], self.options))
 
-    for slug in ("leo-1shot", "leo-multi-view-1shot"):
+    small = "knn-deepcluster-mini-imagenet-small"
+    for slug in ("leo-1shot", "leo-multi-view-1shot", small, f"{small}-inductive"):
         stages.fit_embedding(find_row(slug), "smoke", folder=tmp_path)
-    assert fits[0] == fits[1]
+    assert fits[0] == fits[1] != fits[2] == fits[3]
+    assert built[2] == built[3] | {"whiten": "own"} and find_row(small).paper == "cactus"
 
 
 def test_leo_learns_on_features_and_stops_early(folder, tmp_path):

@@ -131,6 +131,13 @@ def _with_plan(row: Row, fitted: str, suffix: str) -> Row:
     return replace(row, slug=f"{row.slug}-{suffix}", fitted=fitted)
 
 
+def _inductive() -> list[Row]:
+    """The baselines on DeepCluster's vectors, whitened without a look at the test images."""
+    probes = _probes("mini_imagenet", "DeepCluster", 500)
+    return [replace(_with_plan(row, f"{size}inductive DeepCluster", f"{size}inductive".replace(" ", "-")),
+                    table="ledger") for size in ("", "small ") for row in probes]  # fmt: skip
+
+
 def _labeled(share: float) -> dict:
     """Labels for a share of the classes, and tasks in proportion to the images behind them: share to 1 (App. G)."""
     return {"share": share, "mix": share / (1 + share)}
@@ -218,6 +225,7 @@ ROWS = (
     *(row for e in ("BiGAN", "DeepCluster") for row in (*_probes("mini_imagenet", e, 500),
                                                         *_hyperplanes("mini_imagenet", e),
                                                         *_cactus("mini_imagenet", e))),
+    *_inductive(),
     *_controls("celeba"),
     *(row for e in ("BiGAN", "DeepCluster") for row in (*_probes("celeba", e, 500), *_cactus("celeba", e))),
     *_imagenet(),

@@ -36,6 +36,9 @@ def _epochs(smoke: int, quick: int, full: int) -> dict:
     return {"smoke": smoke, "quick": quick, "full": full}
 
 
+_SMALL = {"clusters": 500, "width": 0.25, "stride": 2, "dropout": 0.0}
+_SMALL_DEVIATION = "DeepCluster of a quarter of the width, stride 2, 40 epochs"
+
 EMBEDDINGS = {
     ("BiGAN", "omniglot"): EmbeddingPlan("bigan", {"d": 200}, _epochs(1, 10, 400), seconds=13.7),
     ("BiGAN", "mnist"): EmbeddingPlan("bigan", {"d": 50}, _epochs(1, 4, 400), seconds=32),
@@ -44,12 +47,19 @@ EMBEDDINGS = {
     ("ACAI", "omniglot"): EmbeddingPlan("acai", {}, _epochs(1, 1, 763), batch=64, seconds=55),  # 2^24 images in all
     ("ACAI", "mnist"): EmbeddingPlan("acai", {}, _epochs(1, 1, 305), batch=64, whiten=True, seconds=140),
     ("InfoGAN", "mnist"): EmbeddingPlan("infogan", {}, _epochs(1, 3, 50), seconds=31),
-    ("DeepCluster", "mini_imagenet"): EmbeddingPlan("deepcluster", {}, _epochs(1, 1, 200), batch=256),
-    ("DeepCluster", "celeba"): EmbeddingPlan("deepcluster", {"view": "resize"}, _epochs(1, 1, 200), batch=256),
+    # the images that are embedded give the statistics of the whitening (CACTUs, 4.1); "inductive": the training images
+    ("DeepCluster", "mini_imagenet"): EmbeddingPlan("deepcluster", {"whiten": "own"}, _epochs(1, 1, 200), batch=256),
+    ("DeepCluster", "celeba"): EmbeddingPlan(
+        "deepcluster", {"view": "resize", "whiten": "own"}, _epochs(1, 1, 200), batch=256),
+    ("inductive DeepCluster", "mini_imagenet"): EmbeddingPlan(
+        "deepcluster", {}, _epochs(1, 1, 200), batch=256, weights_of="DeepCluster",
+        deviation="whitened by the statistics of the training images"),
     # what a processor can do: not the paper's
     ("small DeepCluster", "mini_imagenet"): EmbeddingPlan(
-        "deepcluster", {"clusters": 500, "width": 0.25, "stride": 2, "dropout": 0.0}, _epochs(1, 1, 40), batch=64,
-        seconds=60, deviation="DeepCluster of a quarter of the width, stride 2, 40 epochs"),
+        "deepcluster", _SMALL | {"whiten": "own"}, _epochs(1, 1, 40), batch=64, seconds=60, deviation=_SMALL_DEVIATION),
+    ("small inductive DeepCluster", "mini_imagenet"): EmbeddingPlan(
+        "deepcluster", _SMALL, _epochs(1, 1, 40), batch=64, seconds=60, weights_of="small DeepCluster",
+        deviation=f"{_SMALL_DEVIATION}, whitened by the statistics of the training images"),
     ("short ACAI", "omniglot"): EmbeddingPlan("acai", {}, _epochs(1, 1, 50), batch=64, seconds=55,
                                               deviation="ACAI for 50 epochs"),
     # a VGG-16 that others have fitted: see `stages.wanted_vectors`
