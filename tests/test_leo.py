@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from umeta_core.data import load
 from umeta_core.episodes import Episodes, PartitionTasks
-from umeta_core.fast_leo import Pairs
 from umeta_core.leo import LEO, deviation, keep_mask, support_loss
 from umeta_core.training import train
 
@@ -175,17 +174,6 @@ def test_written_out_derivatives_are_those_of_automatic_differentiation(options,
         results.append([losses, accuracies, *(torch.zeros(1) if g is None else g for g in gradients)])
     for ours, reference in zip(*results):
         assert torch.allclose(ours.double(), reference.double(), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_pairs_of_some_tasks_at_a_time_are_those_of_all(at_once, monkeypatch):
-    g = torch.Generator().manual_seed(0)
-    left, right, second = (torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
-                           for shape in ((3, 4, 2, 6), (3, 8, 6), (6, 6)))  # fmt: skip
-    monkeypatch.setattr("umeta_core.fast_leo.CACHE", at_once * 4 * 2 * 8 * 6)
-    pairs = ((left.unsqueeze(3) + right[:, None, None]).relu() @ second).relu()
-    torch.testing.assert_close(Pairs.apply(left, right, second), pairs.sum((2, 3)))
-    assert torch.autograd.gradcheck(Pairs.apply, (left, right, second))
 
 
 def test_losses_of_unequal_weight_are_refused():

@@ -18,9 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CACHE = 1 << 17  # numbers of the pairs that are handled at a time on a CPU
-_relu_backward = torch.ops.aten.threshold_backward
-
 
 @dataclass
 class Decoded:
@@ -164,36 +161,3 @@ class QueryLoss(torch.autograd.Function):
             raise ValueError(message)
         z, *shared = (g * gout[0] for g in ctx.gradients)
         return z, *shared, None, None, None, None
-
-
-class Pairs(torch.autograd.Function):
-    """``sum relu(relu(left_i + right_j) second)`` over a class's examples i and all partners j, ``[T, N, h]``.
-
-    From left ``[T, N, K, h]``, right ``[T, NK, h]`` and second ``[h, h]``. On a CPU some tasks at a time, whose pairs
-    stay in the cache from one pass over them to the next.
-    """
-
-    @staticmethod
-    def forward(ctx, left, right, second):
-        numbers = left[0].numel() * right.shape[1]  # of a task's pairs
-        tasks = max(1, CACHE // numbers) if left.device.type == "cpu" else len(left)
-        ctx.first, ctx.then, found = [], [], []
-        for own, other in zip(left.split(tasks), right.split(tasks)):
-            ctx.first.append((own.unsqueeze(3) + other[:, None, None]).relu_())
-            ctx.then.append((ctx.first[-1] @ second).relu_())
-            found.append(ctx.then[-1].sum((2, 3)))
-        ctx.save_for_backward(second)
-        return torch.cat(found)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gout):
-        (second,) = ctx.saved_tensors
-        left, right, gsecond = [], [], torch.zeros_like(second)
-        for a, b, g in zip(ctx.first, ctx.then, gout[:, :, None, None].split([len(a) for a in ctx.first])):
-            gb = _relu_backward(g.expand_as(b), b, 0)
-            gsecond.addmm_(a.flatten(0, -2).T, gb.flatten(0, -2))
-            ga = _relu_backward(gb @ second.T, a, 0)
-            left.append(ga.sum(3))
-            right.append(ga.sum((1, 2)))
-        return torch.cat(left), torch.cat(right), gsecond
