@@ -209,7 +209,8 @@ def _train(arguments) -> None:
     from .experiments import BASELINES, run_row, train_row
     from .rows import find_row
 
-    row = replace(find_row(arguments.row, arguments.dataset), at_most=arguments.steps).configuration(arguments.seed)
+    row = find_row(arguments.row, arguments.dataset).configuration(arguments.seed)
+    row = row if arguments.steps is None else replace(row, at_most=arguments.steps)
     _prepare(arguments)
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one process tests
     if row.learner in BASELINES:

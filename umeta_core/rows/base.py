@@ -41,7 +41,7 @@ class Row:
     then measured on the validation classes, so that a record is a trial; all trials meet the same tasks. It maps "lr"
     or an option's name to (kind, least, most) with kind "log" or "uniform".
     `deviation` says where even the full run departs from the paper; such a run is never called reproduced. `fitted`
-    names the plan of the embedding if it is not the paper's (see `EMBEDDINGS`).
+    names the plan of the embedding if it is not the paper's (see `EMBEDDINGS`). `at_most` shortens the training.
     """
 
     slug: str
