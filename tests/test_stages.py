@@ -13,7 +13,7 @@ from umeta_core.data import load
 from umeta_core.embeddings.base import read, write_atomically
 from umeta_core.experiments import _queries, run_row, some_labels, training_tasks
 from umeta_core.readers import MINI_IMAGENET
-from umeta_core.results import REPOSITORY, check_record, compare, is_reduced, read_records
+from umeta_core.results import REPOSITORY, check_record, compare, is_reduced, matches, published, read_records
 from umeta_core.rows import EMBEDDINGS, ROWS, embedding_plan, find_row
 
 
@@ -73,6 +73,16 @@ def test_views_of_an_embedding_share_its_weights(tmp_path, monkeypatch):
         stages.fit_embedding(find_row(slug), "smoke", folder=tmp_path)
     assert fits[0] == fits[1] != fits[2] == fits[3]
     assert built[2] == built[3] | {"whiten": "own"} and find_row(small).paper == "cactus"
+
+
+def test_rows_of_leo_on_small_features_are_short_or_long():
+    short, long, trial = (find_row(f"leo-5shot-small{suffix}") for suffix in ("", "-long", "-search"))
+    assert (short.budget("full"), long.budget("full"), trial.budget("full")) == (20_000, 100_000, 5000)
+    assert short.steps["full"] == 100_000 and "patience" not in short.validation
+    assert short.training() == long.training(), "a long run may go on with a short one's weights"
+    assert find_row("leo-5shot").budget("full") == 100_000
+    number = next(n for n in published("leo") if n["method"] == "LEO (ours)" and n["shot"] == 5)
+    assert matches(number, vars(short)) and not matches(number, vars(long))
 
 
 def test_leo_learns_on_features_and_stops_early(folder, tmp_path):

@@ -30,8 +30,9 @@ def expected_seconds(row: Row, scale: str, device="cpu", training=True) -> float
         return None
     if row.learner in BASELINES:
         return 20 + 0.05 * row.test_tasks[scale] * (row.learner == "mlp")
-    if row.learner == "leo":  # one thread, 12 tasks; measured at 1 and 5 shots
+    if row.learner == "leo" or row.network.get("linear"):  # one thread, 12 tasks; measured at 1 and 5 shots
         each = 0.01 if torch.device(device).type == "cuda" else 0.008 + 0.007 * row.shot
+        each = each / 2 if row.network.get("linear") else each
         return 15 + row.budget(scale) * each + 0.005 * row.test_tasks[scale]
     if row.learner == "gmvae":
         return 15 + _gmvae_seconds(row, scale, training) / (100 if torch.device(device).type == "cuda" else 1)

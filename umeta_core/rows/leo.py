@@ -110,7 +110,8 @@ def _small(row: Row) -> Row:
 def _long(row: Row) -> Row:
     """The same for up to 100,000 steps. LEO ends once 15 validations in a row brought nothing better."""
     patience = {"patience": 15} if row.learner == "leo" else {}
-    return replace(row, slug=f"{row.slug}-long", table="ledger", at_most=None, validation=row.validation | patience)
+    return replace(row, slug=f"{row.slug}-long", table="ledger", variant="up to 100,000 steps", at_most=None,
+                   validation=row.validation | patience)  # fmt: skip
 
 
 def _ranges(row: Row) -> dict:
@@ -119,9 +120,9 @@ def _ranges(row: Row) -> dict:
 
 def _search(row: Row) -> Row:
     """Trials of the paper's random search: drawn by the seed, trained shortly without the validation classes."""
-    return replace(row, slug=f"{row.slug}-search", at_most=None, table="search", variant=f"random search; {row.variant}",
-                   train_splits=("train",), search=_ranges(row), steps={"smoke": 3, "quick": 300, "full": 5000},
-                   test_tasks=row.test_tasks | {"full": 2000})  # fmt: skip
+    return replace(row, slug=f"{row.slug}-search", table="search", variant=f"random search; {row.variant}",
+                   at_most=None, train_splits=("train",), search=_ranges(row),
+                   steps={"smoke": 3, "quick": 300, "full": 5000}, test_tasks=row.test_tasks | {"full": 2000})  # fmt: skip
 
 
 _ON_CENTER_CROPS = [row for row in _PUBLISHED if row.dataset == "mini_imagenet" and row.embedding == FEATURES]
