@@ -121,8 +121,8 @@ def _ranges(row: Row) -> dict:
 def _search(row: Row) -> Row:
     """Trials of the paper's random search: drawn by the seed, trained shortly without the validation classes."""
     return replace(row, slug=f"{row.slug}-search", table="search", variant=f"random search; {row.variant}",
-                   at_most=None, train_splits=("train",), search=_ranges(row), test_tasks=row.test_tasks | {"full": 2000},
-                   steps={"smoke": 3, "quick": 300, "full": 5000})  # fmt: skip
+                   at_most=None, steps={"smoke": 3, "quick": 300, "full": 5000}, train_splits=("train",),
+                   search=_ranges(row), test_tasks=row.test_tasks | {"full": 2000})  # fmt: skip
 
 
 _ON_CENTER_CROPS = [row for row in _PUBLISHED if row.dataset == "mini_imagenet" and row.embedding == FEATURES]
