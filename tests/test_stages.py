@@ -8,9 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from umeta_core import experiments, stages
+from umeta_core import experiments, shared_fits, stages
+from umeta_core.costs import _missing_fit
 from umeta_core.data import load
+from umeta_core.embeddings.acai import ACAI
 from umeta_core.embeddings.base import read, write_atomically
+from umeta_core.embeddings.bigan import BiGAN
+from umeta_core.embeddings.simclr import SimCLR
 from umeta_core.experiments import _queries, run_row, some_labels, training_tasks
 from umeta_core.readers import MINI_IMAGENET
 from umeta_core.results import REPOSITORY, check_record, compare, is_reduced, matches, published, read_records
@@ -73,6 +77,67 @@ def test_views_of_an_embedding_share_its_weights(tmp_path, monkeypatch):
         stages.fit_embedding(find_row(slug), "smoke", folder=tmp_path)
     assert fits[0] == fits[1] != fits[2] == fits[3]
     assert built[2] == built[3] | {"whiten": "own"} and find_row(small).paper == "cactus"
+
+
+def test_a_shared_fit_replaces_an_own_one(tmp_path, monkeypatch):
+    """What is shared is the encoder, in half precision; a row takes it, says so, and gets (nearly) the own vectors."""
+    small = dataclasses.replace(embedding_plan("BiGAN", "omniglot"), options={"d": 200, "hidden": 16},
+                                epochs={"smoke": 1, "quick": 1, "full": 1})  # fmt: skip
+    monkeypatch.setitem(EMBEDDINGS, ("BiGAN", "omniglot"), small)
+    monkeypatch.setattr(shared_fits, "FOLDER", tmp_path / "fits")
+    row, own, folder = find_row("nearest-mean-bigan", "glyphs"), tmp_path / "own", tmp_path / "taken"
+    with pytest.raises(FileNotFoundError, match="no shared fit bigan-glyphs-full; there are: none"):
+        stages.take_fit(row, folder)
+    z = stages.vectors(row, "train", "full", folder=own)
+    name = stages.fit_file(row, "full", own).name
+    model = stages.build_embedding(small, 1, 28)
+    shared_fits.share(model, own / name, tmp_path / "fits" / name)
+    assert (tmp_path / "fits" / name).stat().st_size < (own / name).stat().st_size / 5
+    assert "or take ours: umeta data fitted nearest-mean-bigan-glyphs)" in _missing_fit(row, "full", "cpu", folder)[0]
+    with pytest.raises(ValueError, match="exists already; move it away"):
+        stages.take_fit(row, own)
+
+    assert stages.take_fit(row, folder) == folder / name
+    monkeypatch.setattr(BiGAN, "fit", lambda *_, **__: pytest.fail("it was fitted again"))
+    taken = stages.vectors(row, "train", "full", folder=folder)
+    assert 0 < (taken - z).abs().max() < 1e-2 < z.std()
+    assert stages.fitted_by(row, "full", folder) == (read(own / name)["made_by"], True)
+    assert stages.fitted_by(row, "full", own)[1] is False
+    monkeypatch.setitem(EMBEDDINGS, ("BiGAN", "omniglot"), dataclasses.replace(small, batch=64))
+    with pytest.raises(ValueError, match="the fit of another embedding .batch: 128 there, 64 here"):
+        stages.fit_embedding(row, "full", folder=folder)
+
+
+def test_only_a_finished_fit_that_half_precision_can_hold_is_shared(tmp_path):
+    model = BiGAN(d=4, hidden=8)
+    state = {"epoch": 1, "config": {"epochs": 2}, "model": model.state_dict(), "made_by": [], "history": {"seconds": 1}}
+    write_atomically(state, tmp_path / "own.pt")
+    with pytest.raises(ValueError, match="is at epoch 1 of 2; finish"):
+        shared_fits.share(model, tmp_path / "own.pt", tmp_path / "shared.pt")
+    huge = {name: torch.full_like(value, 1e6) for name, value in model.state_dict().items()}
+    write_atomically(state | {"epoch": 2, "model": huge}, tmp_path / "own.pt")
+    with pytest.raises(ValueError, match="e.0.weight has weights that are not finite in half precision"):
+        shared_fits.share(model, tmp_path / "own.pt", tmp_path / "shared.pt")
+    write_atomically(state | {"epoch": 2}, tmp_path / "own.pt")
+    shared_fits.share(model, tmp_path / "own.pt", tmp_path / "shared.pt")
+    shared = read(tmp_path / "shared.pt")
+    for other, why in ((BiGAN(d=5, hidden=8), "size mismatch"), (ACAI(depth=4, latent=2), "other weights")):
+        with pytest.raises(ValueError, match=f"holds another network: .*{why}"):
+            shared_fits.restore(other, shared, "shared.pt")
+
+
+@pytest.mark.parametrize(("model", "shape"), [(BiGAN(d=4, hidden=8), (1, 28, 28)), (SimCLR(3, 32), (3, 32, 32)),
+                                              (ACAI(depth=4, latent=2), (1, 28, 28))])  # fmt: skip
+def test_encoder_parts_are_all_that_encode_uses(model, shape):
+    """Spoil everything else: the codes must stay."""
+    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    with torch.no_grad():
+        before = model.encode(x)
+        for name, value in model.state_dict().items():
+            if not name.startswith(model.encoder_parts) and value.is_floating_point():
+                value.fill_(torch.nan)
+        assert torch.equal(model.encode(x), before) and before.isfinite().all()
 
 
 def test_rows_of_leo_on_small_features_are_short_or_long():

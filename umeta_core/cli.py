@@ -56,8 +56,11 @@ def _add_data(commands) -> None:
     features = actions.add_parser("features", help="take the published embeddings of LEO instead of computing features")
     features.add_argument("row", help="any row that learns on them: leo-1shot, or leo-1shot-tiered-imagenet")
     features.add_argument("folder", type=Path, help="holds train_, val_ and test_embeddings.pkl of one crop")
-    features.add_argument("--runs", type=Path, default=Path("runs"), help="that of `umeta reproduce` (default: runs)")
-    features.set_defaults(run=_data_features)
+    fitted = actions.add_parser("fitted", help="take the fitted embedding that comes with the repository")
+    fitted.add_argument("row", help="any row on it, for example cactus-protonets-bigan; a plan names it")
+    for action, run in ((features, _data_features), (fitted, _data_fitted)):
+        action.add_argument("--runs", type=Path, default=Path("runs"), help="that of `umeta reproduce` (default: runs)")
+        action.set_defaults(run=run)
 
 
 def _add_machine(command) -> None:
@@ -172,6 +175,14 @@ def _data_features(arguments) -> None:
     row = find_row(arguments.row)
     for path in import_embeddings(row, arguments.folder, arguments.runs / row.paper / "stages"):
         print(path)
+
+
+def _data_fitted(arguments) -> None:
+    from .rows import find_row
+    from .stages import take_fit
+
+    row = find_row(arguments.row)
+    print(take_fit(row, arguments.runs / row.paper / "stages"))
 
 
 def _prepare(arguments) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from . import shared_fits
 from .embeddings.base import read
 from .experiments import BASELINES
 from .rows import Row
@@ -92,6 +93,8 @@ def _missing_fit(row: Row, scale: str, device, folder) -> tuple[str, float | Non
         return f"embedding {name}, fitted by others", 0.0
     done = read(path).get("epoch", 0) if path.exists() else 0
     what = f"embedding {name}, {epochs} epochs" + (f" of which {done} are done" if done else "")
+    if scale == "full" and not done and (shared_fits.FOLDER / path.name).is_file():
+        what += f" (or take ours: umeta data fitted {row.slug})"
     return what, embedding_seconds(row, scale, device, done)
 
 

@@ -389,8 +389,10 @@ def embedding_record(row: Row, scale: str, stages=None) -> dict:
     for word in ("short ", "small ", "untrained "):
         name = name.removeprefix(word)
     paper = embedding_plan(row.embedding if name == "features" else name, row.dataset).epochs["full"]
+    made_by, is_shared = fitted_by(row, scale, stages)
+    origin = {"origin": "shared fit"} if is_shared else {}
     return {"embedding_fit": {"options": plain(plan.options), "epochs": plan.epochs[scale], "batch": plan.batch,
-                              "paper_epochs": paper, "seed": 0, "made_by": fitted_by(row, scale, stages)}}  # fmt: skip
+                              "paper_epochs": paper, "seed": 0, "made_by": made_by, **origin}}  # fmt: skip
 
 
 def images_record(row: Row, scale: str, stages=None) -> dict:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import partitions as parts
+from . import shared_fits
 from .data import COUNTS, ImageSet, load
 from .embeddings.base import Embedding, read, write_atomically
 from .embeddings.deepcluster import pca_whitening
@@ -194,16 +195,35 @@ def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True
     model.options = embedding_plan(plan.weights_of, row.dataset).options if plan.weights_of else plan.options
     every = max(1, len(data) // 2000) if scale == "smoke" else 1
     labels = {"labels": data.labels[::every]} if plan.kind == "supervised" else {}
+    budget = {"epochs": plan.epochs[scale], "batch": plan.batch}
     with alone(path):
-        model.fit(data.images[::every], epochs=plan.epochs[scale], batch=plan.batch, checkpoint=path,
-                  progress=progress, **labels)  # fmt: skip
+        if path.is_file() and shared_fits.is_shared(state := read(path)):
+            return shared_fits.restore(model, state, path, options=model.options, **budget)
+        model.fit(data.images[::every], checkpoint=path, progress=progress, **budget, **labels)
     return model
 
 
-def fitted_by(row: Row, scale: str, folder=None) -> list[dict]:
-    """Commit, device and versions of each process that worked on the fit of the row's embedding, if known."""
+def take_fit(row: Row, folder=None) -> Path:
+    """Take the fit of the row's embedding that comes with the repository, for full scale; returns the file.
+
+    Raises ValueError if there is an own fit or its vectors, FileNotFoundError if the repository has none.
+    """
+    if not row.needs_embedding:
+        raise ValueError(f"{row.slug} needs no embedding")
+    path = fit_file(row, "full", folder)
+    for own in (path, vectors_file(row, "train", "full", folder)):
+        if own.exists():
+            raise ValueError(f"{own} exists already; move it away to take the shared fit")
+    shared_fits.take(path.name, path)
+    return path
+
+
+def fitted_by(row: Row, scale: str, folder=None) -> tuple[list[dict], bool]:
+    """Commit, device and versions of each process that worked on the fit of the row's embedding, if known; and whether
+    it is the fit that comes with the repository."""
     path = fit_file(row, scale, folder)
-    return read(path).get("made_by", []) if path.is_file() else []
+    state = read(path) if path.is_file() else {}
+    return state.get("made_by", []), shared_fits.is_shared(state)
 
 
 def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tensor:

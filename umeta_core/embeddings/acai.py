@@ -52,6 +52,8 @@ class ACAI(Embedding):
         ValueError: images of another size than 28 or 32.
     """
 
+    encoder_parts = ("encoder.",)
+
     def __init__(
         self, channels=1, size=28, *, depth=16, latent=16, weight=0.5, reg=0.2, lr=1e-4,
         generator: torch.Generator | None = None,

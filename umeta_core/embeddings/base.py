@@ -22,6 +22,7 @@ class Embedding(nn.Module):
 
     d: int
     takes: tuple | None = None  # [C, H, W] of the images, where another shape would not be noticed or fail obscurely
+    encoder_parts: tuple = ("",)  # how the names of what `encode` uses begin in the state dict
 
     def encode(self, x: Tensor) -> Tensor:
         """Vectors ``[n, d]`` of images ``[n, C, H, W]`` in [0, 1], each image on its own (averaged statistics)."""

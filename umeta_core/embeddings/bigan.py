@@ -27,6 +27,8 @@ class BiGAN(Embedding):
         generator: source of the initial weights, N(0, 0.02^2).
     """
 
+    encoder_parts = ("e.",)
+
     def __init__(
         self, channels=1, size=28, d=200, *, hidden=1024, lr=2e-4, decay=2.5e-5, logits=False,
         generator: torch.Generator | None = None,

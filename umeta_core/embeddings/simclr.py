@@ -38,6 +38,8 @@ class SimCLR(Embedding):
         ValueError: images too small for five halvings, or an unknown schedule.
     """
 
+    encoder_parts = ("encoder.",)
+
     def __init__(
         self, channels=3, size=84, *, temperature=0.5, lr=1e-3, schedule="released", area=0.08, color=0.8,
         autocast: bool | None = None, generator: torch.Generator | None = None,
