@@ -105,16 +105,20 @@ def test_linear_classifier_is_the_optimum_that_scikit_learn_finds(way, shot, c, 
 
 def test_standardized_linear_classifier_is_that_of_scikit_learn():
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     e = episodes(5, 3, tasks=3, shift=1.0)
     e = Episodes(e.support * torch.logspace(-1, 1, e.support.shape[3]), e.query)
     e.support[..., 2] = 0.3  # a feature that never changes, as those that a ReLU has switched off
-    make = lambda: make_pipeline(StandardScaler(), LogisticRegression(tol=1e-10, max_iter=20_000))  # noqa: E731
-    plain, logits = (LinearClassifier(standardize=on).predict(e) for on in (False, True))
+    seen = torch.cat([e.flat()[0].flatten(0, 1), torch.zeros(5, e.support.shape[3]) + 0.3])  # what sets the scale
+    deviation = seen.std(0, correction=0)
+    deviation[2] = 1.0
+    seen[:, 2] = 0.3
+    plain, logits = (LinearClassifier(deviation=d).predict(e) for d in (None, deviation))
+    scaler = StandardScaler().fit(seen)
     for found, (xs, ys, xq) in zip(logits, each_task(e)):
-        want = torch.from_numpy(make().fit(xs, ys).predict_proba(xq))
+        fitted = LogisticRegression(tol=1e-10, max_iter=20_000).fit(scaler.transform(xs), ys)
+        want = torch.from_numpy(fitted.predict_proba(scaler.transform(xq)))
         torch.testing.assert_close(found.double().softmax(1), want, rtol=0, atol=2e-4)
     assert (plain.softmax(2) - logits.softmax(2)).abs().max() > 0.1
 

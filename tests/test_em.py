@@ -174,6 +174,17 @@ def test_float32_far_from_the_origin_and_narrow_components_keep_their_digits(cov
         assert (wanted.variance < 0.02).any()
 
 
+def test_a_component_far_away_costs_no_digits():
+    """An empty component may lie anywhere; what float32 says of the others must not change by it."""
+    z = torch.randn(1, 300, 64, generator=torch.Generator().manual_seed(0))
+    mean = torch.stack([torch.zeros(64), torch.ones(64), torch.full((64,), 1e4)])[None]
+    weights = torch.tensor([[0.5, 0.5, 0.0]])
+    narrow, wide = Mixture(weights, mean), Mixture(weights.double(), mean.double())
+    torch.testing.assert_close(narrow.log_density(z).double(), wide.log_density(z.double()), rtol=1e-4, atol=1e-2)
+    found, wanted = narrow.responsibilities(z), wide.responsibilities(z.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-3)
+
+
 def test_empty_components_stay_and_come_to_no_harm():
     z, y = vectors(k=2)
     far = torch.full((3, 1, 5), 1e4, dtype=torch.float64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from umeta_core.embeddings.base import Embedding
+from umeta_core.embeddings.base import Embedding, read, write_atomically
 from umeta_core.embeddings.bigan import BiGAN, ConvBiGAN, bigan_losses, squash
 from umeta_core.embeddings.simple import PCAPixels, RandomNetwork
 from umeta_core.training import NonFiniteLoss
@@ -52,6 +52,21 @@ def test_a_resumed_fit_is_the_uninterrupted_fit(tmp_path, stop):
     done = small(seed=6)  # a finished fit is read, not repeated
     assert done.fit(images, epochs=3, batch=16, checkpoint=tmp_path / "b.pt", progress=False) == again
     assert states_equal(whole, done)
+
+
+def test_a_fit_of_another_kind_of_device_is_read_but_not_gone_on_with(tmp_path):
+    """A GPU's generator has 16 bytes of state, which no processor's takes."""
+    path = tmp_path / "b.pt"
+    fitted = small()
+    fitted.fit(pictures(), epochs=2, batch=16, checkpoint=path, progress=False)
+    state = read(path) | {"generator": torch.zeros(16, dtype=torch.uint8)}
+    write_atomically(state, path)
+    again = small(seed=1)
+    again.fit(pictures(), epochs=2, batch=16, checkpoint=path, progress=False)
+    assert states_equal(again, fitted)
+    write_atomically(state | {"epoch": 1}, path)
+    with pytest.raises(ValueError, match="another kind of device than cpu, whose random numbers differ"):
+        small().fit(pictures(), epochs=2, batch=16, checkpoint=path, progress=False)
 
 
 def test_a_checkpoint_of_another_fit_is_refused(tmp_path):

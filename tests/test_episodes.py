@@ -142,6 +142,8 @@ def test_attribute_tasks_put_all_three_values_against_none():
     opposed = ((values[:, 0] == 0) & (values[:, 1] == 1)) | ((values[:, 0] == 1) & (values[:, 1] == 0))
     assert (opposed.sum(1) >= 3).all()
     assert 0.4 < values[:, 0].mean() < 0.6  # which of the two classes comes first is a coin
+    with pytest.raises(ValueError, match=r"no three attributes of .* \(200 images\) make two classes"):
+        AttributeTasks(images, attribute_prototypes(images, list("abcde"), 150))
     with pytest.raises(ValueError, match="have 2 classes, not 3"):
         AttributeTasks(images, prototypes).sample(1, 3, 2, 4, torch.Generator())
     with pytest.raises(ValueError, match=r"fewer than 50 \+ 60 images"):

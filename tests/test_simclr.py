@@ -90,6 +90,13 @@ def test_vectors_of_84_pixels_have_256_numbers_none_negative():
     assert z.shape == (4, 256) and z.min() >= 0
 
 
+def test_colors_are_normalized_by_imagenet():
+    model = SimCLR(3, 32, generator=torch.Generator().manual_seed(0)).eval()
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    shift, scale = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(model.encode(x), model.encoder((x - shift) / scale))
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="20x20 are too small"):
         SimCLR(size=20)

@@ -140,6 +140,29 @@ def test_encoder_parts_are_all_that_encode_uses(model, shape):
         assert torch.equal(model.encode(x), before) and before.isfinite().all()
 
 
+def test_centroids_of_other_vectors_are_refused(tmp_path):
+    row = find_row("matching-pca-16-pixels", "glyphs")
+    first = stages.centroids(row, "smoke", folder=tmp_path)
+    assert torch.equal(stages.centroids(row, "smoke", folder=tmp_path), first)
+    path = stages.vectors_file(row, "train", "smoke", tmp_path)
+    stored = read(path)
+    write_atomically(stored | {"z": stored["z"] + 1}, path)
+    with pytest.raises(ValueError, match="are centroids of other vectors; delete it"):
+        stages.centroids(row, "smoke", folder=tmp_path)
+
+
+def test_logistic_regression_that_is_not_tuned_is_standardized_by_the_training_images(tmp_path):
+    """LR (SimCLR) of Meta-GMVAE, here on other vectors."""
+    row = find_row("linear-pca-16-pixels", "glyphs")
+    assert "train" not in row.splits
+    row = dataclasses.replace(row, options=find_row("lr-simclr-mini-imagenet").options)
+    assert row.splits == ("train", "test")
+    z = stages.vectors(row, "train", "smoke", folder=tmp_path)
+    classifier = experiments._untuned(row, "smoke", "cpu", tmp_path)
+    torch.testing.assert_close(classifier.deviation, torch.from_numpy(z.numpy().std(0)))
+    assert classifier.c == 1.0 and run_row(row, "smoke", folder=tmp_path, stages=tmp_path)["cells"]
+
+
 def test_rows_of_leo_on_small_features_are_short_or_long():
     short, long, trial = (find_row(f"leo-5shot-small{suffix}") for suffix in ("", "-long", "-search"))
     assert (short.budget("full"), long.budget("full"), trial.budget("full")) == (20_000, 100_000, 5000)

@@ -200,6 +200,12 @@ def test_a_checkpoint_beyond_the_steps_asked_for_is_refused(tmp_path):
         train(learner(), source(), steps=2, checkpoint=tmp_path / "run.pt", **TASK)
 
 
+def test_snapshots_need_to_know_how_often(tmp_path):
+    with pytest.raises(ValueError, match="snapshots are taken every `validate_every` steps; say how many"):
+        train(learner(), source(), steps=1, snapshots=tmp_path, progress=False, **TASK)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_in_place_of_a_checkpoint_is_not_called_damaged(tmp_path):
     with pytest.raises(IsADirectoryError):
         read_checkpoint(tmp_path)

@@ -42,6 +42,9 @@ class AttributeTasks:
     """
 
     def __init__(self, images, prototypes, features=None):
+        if not len(prototypes):
+            raise ValueError(f"no three attributes of {images.name} {images.split} ({len(images)} images) make two "
+                             "classes that are large enough; take more images, or a smaller r")
         self.images, self.features = images, features
         self.prototypes = prototypes.to(images.attributes.device)
 

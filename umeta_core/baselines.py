@@ -141,8 +141,9 @@ class LinearClassifier:
 
     Args:
         c: inverse strength of the weight decay.
-        standardize: divide every feature by its standard deviation in the task's support set first, as scikit-learn's
-            StandardScaler (Meta-GMVAE, LR (SimCLR); reference code, not in the paper).
+        deviation: ``[d]``, by which every feature is divided first: in Meta-GMVAE's LR (SimCLR) its standard deviation
+            over the meta-training images, as of scikit-learn's StandardScaler (reference code, not in the paper). Its
+            mean would change nothing, as the intercept is free.
         tolerance: largest relative error of the weights.
         steps: a warning says so if some task needs more.
 
@@ -151,7 +152,7 @@ class LinearClassifier:
     """
 
     c: float = 1.0
-    standardize: bool = False
+    deviation: Tensor | None = None
     tolerance: float = 1e-4
     steps: int = 2000
 
@@ -163,10 +164,8 @@ class LinearClassifier:
     def predict(self, episodes: Episodes) -> Tensor:
         """Query logits ``[T, N*Q, N]``."""
         xs, ys, xq = _embeddings(episodes)
-        if self.standardize:
-            deviation = xs.std(1, correction=0, keepdim=True)
-            deviation = torch.where(deviation > 0, deviation, 1)
-            xs, xq = xs / deviation, xq / deviation
+        if self.deviation is not None:
+            xs, xq = xs / self.deviation, xq / self.deviation
         mean = xs.mean(1, keepdim=True)
         xs, y = xs - mean, F.one_hot(ys, episodes.way).to(xs.dtype)
         size = len(xs) if xs.is_cuda else max(1, GROUP // xs.shape[1] ** 2)

@@ -27,7 +27,7 @@ class Mixture:
 
     def log_joint(self, z: Tensor) -> Tensor:
         """log of weight times density, ``[T, n, K]``, of vectors ``[T, n, d]``."""
-        center = self.mean.mean(1, keepdim=True)  # a square of a difference out of three products loses digits far off
+        center = z.detach().mean(1, keepdim=True)  # a square of a difference out of three products loses digits far off
         z = z - center
         scores = _scores(z, Mixture(self.weights, self.mean - center, self.variance)).transpose(1, 2)
         return scores if self.variance is not None else scores - z.square().sum(2, keepdim=True) / 2

@@ -74,7 +74,8 @@ def _gmvae(row: Row, channels: int, size: int, seed: int, features, generator) -
     options = {**row.options, "seed": seed, "generator": generator}
     latent = {"latent": options["latent"]} if "latent" in options else {}
     if features is not None:
-        return MetaGMVAE(None, FeatureDecoder(features, **latent, generator=generator), features=features, **options)
+        decoder = FeatureDecoder(features, calibrated=options.pop("calibrated"), **latent, generator=generator)
+        return MetaGMVAE(None, decoder, features=features, **options)
     encoder = ImageEncoder(channels, size, generator=generator)
     return MetaGMVAE(encoder, ImageDecoder(channels=channels, size=size, **latent, generator=generator), **options)
 
@@ -324,7 +325,7 @@ def _baseline(row: Row, scale: str, seed: int, support: int, device, stages):
         return NearestNeighbors, [k for k in (1, 3, 5, 10) if k <= support]
     if row.learner == "linear":
         if row.options:  # of a paper that does not tune it
-            return (lambda _: LinearClassifier(**row.options)), []
+            return (lambda _: _untuned(row, scale, device, stages)), []
         return LinearClassifier, [10.0**power for power in range(-5, 5)]
     if row.learner == "mlp":
 
@@ -338,6 +339,15 @@ def _baseline(row: Row, scale: str, seed: int, support: int, device, stages):
         return (lambda _: NearestMean()), []
     matching = ClusterMatching(centroids(row, scale, device, stages))
     return (lambda _: matching), []
+
+
+def _untuned(row: Row, scale: str, device, stages) -> LinearClassifier:
+    """Logistic regression on features that are divided by their standard deviations over the training images."""
+    options = dict(row.options)
+    if options.pop("standardize", None) == "train":
+        deviation = shown(row, "train", scale, device, stages)[1].std(0, correction=0)
+        options["deviation"] = torch.where(deviation > 0, deviation, 1)
+    return LinearClassifier(**options)
 
 
 def run_row(

@@ -210,8 +210,8 @@ def take_fit(row: Row, folder=None) -> Path:
     """
     if not row.needs_embedding:
         raise ValueError(f"{row.slug} needs no embedding")
-    path = fit_file(row, "full", folder)
-    for own in (path, vectors_file(row, "train", "full", folder)):
+    path, mine = fit_file(row, "full", folder), stem(row, "full", folder)
+    for own in (path, *sorted(mine.parent.glob(f"{mine.name}-*.pt"))):  # vectors, partitions, centroids of another fit
         if own.exists():
             raise ValueError(f"{own} exists already; move it away to take the shared fit")
     shared_fits.take(path.name, path)
@@ -377,7 +377,7 @@ def _partitions(row: Row, scale: str, k: int, many: int, least: int, generator, 
     z = vectors(row, "train", scale, device, folder)
     rule = dict(enough=0.8, sizable=least, restarts=3 if many > 1 else None) if row.learner == "protonets" else {}
     impossible = k * least > len(z)  # so many clusters cannot have R images each: those that do are used
-    rule = dict(enough=0.0) if scale == "smoke" or impossible else rule
+    rule = dict(enough=0.0) if scale == "smoke" else rule | {"enough": 0.0} if impossible else rule
     return parts.cluster_partitions(z, k, many, generator, **rule, **size)
 
 
@@ -387,13 +387,20 @@ def spread(row: Row) -> float:
 
 
 def centroids(row: Row, scale: str, device="cpu", folder=None) -> Tensor:
-    """The centroids ``[k, d]`` of the training vectors for cluster matching: the best of ten k-means, seed 0."""
+    """The centroids ``[k, d]`` of the training vectors for cluster matching: the best of ten k-means, seed 0.
+
+    Raises ValueError if their file is of other vectors.
+    """
     k = clusters(row, scale)
     path = Path(f"{stem(row, scale, folder)}-centroids-k{k}.pt")
+    z = vectors(row, "train", scale, device, folder)
+    mark = hashlib.sha256(z.cpu().numpy().tobytes()).hexdigest()[:16]
     with alone(path):
         if not path.exists():
-            z = vectors(row, "train", scale, device, folder)
             restarts = 10 if scale == "full" else 1
             made = parts.kmeans(z, k, torch.Generator(device=device).manual_seed(0), restarts=restarts).centroids
-            write_atomically({"centroids": made.cpu()}, path)
-    return read(path)["centroids"].to(device)
+            write_atomically({"centroids": made.cpu(), "vectors": mark}, path)
+    stored = read(path)
+    if stored.get("vectors", mark) != mark:
+        raise ValueError(f"{path} are centroids of other vectors; delete it to cluster again")
+    return stored["centroids"].to(device)

@@ -88,6 +88,8 @@ def train(
         NonFiniteLoss: the loss is not finite; nothing is written from then on.
         ValueError: the checkpoint belongs to another run (the message names the fields that differ).
     """
+    if snapshots and not validate_every:
+        raise ValueError("snapshots are taken every `validate_every` steps; say how many")
     fixed = dict(config or {}, tasks=tasks, way=way, shot=shot, query=query, clip=clip, seed=seed,
                  lr=lr(0) if callable(lr) else lr)  # fmt: skip
     run = _Run(learner, source, config=fixed, schedule=lr if callable(lr) else None, prepare=prepare, device=device,

@@ -173,7 +173,11 @@ class _Fitting:
         self.model.restore(self.checkpoint).train()
         for optimizer, saved in zip(self.model.opt, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        self.generator.set_state(state["generator"].cpu())
+        if len(state["generator"]) == len(self.generator.get_state()):
+            self.generator.set_state(state["generator"].cpu())
+        elif state["epoch"] < self.epochs:
+            raise ValueError(f"{self.checkpoint} was written on another kind of device than {self.images.device.type}, "
+                             "whose random numbers differ; go on there, or start afresh with another file")
         self.epoch, self.at, self.sums, self.history = (state[k] for k in ("epoch", "at", "sums", "history"))
         device = self.images.device
         self.made_by = state.get("made_by", []) + self.made_by

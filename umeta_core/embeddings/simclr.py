@@ -18,10 +18,13 @@ from .supervised import distort, look, random_boxes
 LAYERS, FILTERS, PROJECTED = 5, 64, 128
 SCHEDULES = ("released", "cosine", "constant")
 _WARM, _HALF_PERIOD = 10, 75  # epochs
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
 
 
 class SimCLR(Embedding):
     """Five convolutions with batch norm, ReLU and max-pool; the vector is the last map, d = 256 for 84x84 images.
+
+    Colors are normalized by ImageNet's statistics (reference code, not in the paper).
 
     Args:
         channels, size: of the square images.
@@ -68,6 +71,8 @@ class SimCLR(Embedding):
         """Vectors ``[n, d]``, none of them negative, of images ``[n, C, H, W]`` in [0, 1]."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"this network takes images of {self.shape}, these are {tuple(x.shape[1:])}")
+        if x.shape[1] == 3:
+            x = (x - x.new_tensor(_MEAN).view(3, 1, 1)) / x.new_tensor(_DEVIATION).view(3, 1, 1)
         enabled = x.is_cuda if self.autocast is None else self.autocast
         with torch.autocast(x.device.type, torch.bfloat16, enabled=enabled):
             z = self.encoder(x.contiguous(memory_format=torch.channels_last))

@@ -123,7 +123,8 @@ class Row:
     @property
     def splits(self) -> tuple:
         """The splits whose images the row uses: "val" only if it is tuned, stopped early or trained on it."""
-        used = {"test", self.test_split, *(self.train_splits if self.trained or self.learner == "matching" else ())}
+        trained = self.trained or self.learner == "matching" or self.options.get("standardize") == "train"
+        used = {"test", self.test_split, *(self.train_splits if trained else ())}
         tuned = self.learner in ("knn", "mlp", "ridge") or self.learner == "linear" and not self.options
         used |= {"val"} if self.validation or tuned else set()
         return tuple(split for split in ("train", "val", "test") if split in used)
@@ -162,7 +163,8 @@ class Row:
         place |= {"clusters": self.clusters, "partitions": self.partitions} if self.partitions else {}
         place |= {} if self.margin is None else {"margin": self.margin}
         place |= self.latent
-        place |= {"labeled_share": self.share, "labeled_tasks": self.mix} if self.source == "mixed" else {}
+        place |= {"labeled_share": self.share} if self.share else {}
+        place |= {"labeled_tasks": self.mix} if self.source == "mixed" else {}
         place |= {"train_splits": self.train_splits} if self.train_splits != ("train",) else {}
         place |= {"validation": self.validation} if self.validation else {}
         place |= {"draws": "shared"} if self.search else {}  # trials of before had seeds of their own

@@ -203,7 +203,7 @@ def _five_way(row: Row) -> Row:
 
 
 _RANDOM = _maml("omniglot", "random-maml", "Random-MAML", source="random", clusters=500, partitions=2400,
-                variant="P=2400;k=500")  # fmt: skip
+                variant="P=2400;k=500", tests=((20, 1), (20, 5)))  # fmt: skip
 _PIXELS = _maml("omniglot", "pixels-maml", "Pixels CACTUs-MAML", source="clusters", embedding="pixels", clusters=500,
                 partitions=1, variant="P=1;k=500")  # fmt: skip
 

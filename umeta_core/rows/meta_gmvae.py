@@ -63,7 +63,7 @@ def _ablation(slug: str, method: str, variant: str, shared: str, options: dict) 
 
 def _mini(slug, method: str, table: str, tests, variant="", size=5, tasks=16, options=None, shared="", **more) -> Row:
     """On SimCLR features. Weight decay and 32 numbers in z are from the reference code; the paper says 64."""
-    settings = {"samples": 256, "latent": 32, "weight_decay": 5e-2} | (options or {})
+    settings = {"samples": 256, "latent": 32, "weight_decay": 5e-2, "calibrated": False} | (options or {})
     return _row(slug, method, "mini_imagenet", 5, 1, size, tests=tests, table=table, variant=variant, options=settings,
                 embedding="SimCLR", inputs="embeddings", lr=1e-4, tasks=tasks, training_of=shared,
                 steps={"smoke": 2, "quick": 300, "full": 15_000}, **more)  # fmt: skip
@@ -74,7 +74,7 @@ def _mini_rows() -> list[Row]:
     probe = Row(slug="lr-simclr-mini-imagenet", method="LR (SimCLR)", learner="linear", table="2-left",
                 paper="meta_gmvae", dataset="mini_imagenet", split_protocol=None, embedding="SimCLR",
                 inputs="embeddings", tests=(*shots, (5, 50)), test_query=15, test_tasks=_TESTS,
-                options={"c": 1.0, "standardize": True})  # fmt: skip
+                options={"c": 1.0, "standardize": "train"})  # fmt: skip
     clusters = replace(probe, slug="cactus-maml-simclr-mini-imagenet", method="CACTUs-MAML", learner="maml", table="10",
                        source="clusters", clusters=500, partitions=50, way=5, tasks=8, query=5, clip=2.0,
                        network={"hidden": ()}, steps={"smoke": 2, "quick": 300, "full": 60_000},
