@@ -161,7 +161,8 @@ def test_meta_gradient_by_finite_differences():
     "options",
     [
         {}, {"latent_steps": 0}, {"weight_steps": 0}, {"latent_steps": 0, "weight_steps": 0}, {"stochastic": False},
-        {"prior": "random"}, {"copies": False}, {"copies": False, "stochastic": False},
+        {"prior": "random"}, {"copies": False}, {"copies": False, "stochastic": False}, {"class_rates": 3},
+        {"class_rates": 3, "copies": False, "stochastic": False},
     ],
 )  # fmt: skip
 def test_written_out_derivatives_are_those_of_automatic_differentiation(options, shot):
@@ -360,10 +361,32 @@ def test_gradients_are_clipped_entry_by_entry_then_variable_by_variable():
             assert p.grad.norm().item() == pytest.approx(0.1)
 
 
+def test_the_norm_of_the_whole_gradient_is_clipped_if_the_text_is_followed():
+    model = small(clip="whole")
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    model.relation[0].grad = torch.full_like(model.relation[0], 0.05)
+    model.prepare_gradients(torch.tensor(1.0))
+    whole = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert whole.norm().item() == pytest.approx(0.1, rel=1e-4)
+    ratio = model.relation[0].grad / model.encoder.grad.max()
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 0.5))  # entries were clipped to 0.1 before
+
+
+def test_equal_step_sizes_for_each_class_change_nothing():
+    e, shared, own = episodes(), small(weight_lr=0.3), small(weight_lr=0.3, class_rates=3)
+    assert own.latent_rate.shape == (3, 1, 4) and own.weight_rate.shape == (3, 12)
+    torch.testing.assert_close(own.predict(e), shared.predict(e))
+    own.weight_rate.data[0] = 0.0
+    last, before = (own.adapt(e.support).weights[-k] for k in (1, 2))
+    assert torch.equal(last[:, 0], before[:, 0]) and not torch.equal(last[:, 1], before[:, 1])
+
+
 @pytest.mark.parametrize("rule", ["released", "intended"])
-def test_what_a_loss_that_is_not_a_number_leaves(rule):
+@pytest.mark.parametrize("class_rates", [None, 3])
+def test_what_a_loss_that_is_not_a_number_leaves(rule, class_rates):
     """Two names are swapped in the released code: its gradients are the parameters, rates and all, and get clipped."""
-    model = small(nan_rule=rule)
+    model = small(nan_rule=rule, class_rates=class_rates)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.full_like(p, torch.nan)

@@ -106,11 +106,11 @@ class InnerLoops:
         """From v, the gradient for the last weights ``[T, N, d]``, back to the first codes."""
         weight_rate, latent_rate = torch.zeros_like(self.weight_rate), torch.zeros_like(self.latent_rate)
         for g, x, p in reversed(tuning):
-            weight_rate -= (v * g).sum((0, 1))
+            weight_rate -= (v * g).sum_to_size(weight_rate.shape)
             v = v - self.hessian(self.weight_rate * v, x, p)
         vz = self.through_decoder(last, v, None if last.kappa is None else v.unsqueeze(2) * last.kappa)
         for now, g, x, p, scaled, step in reversed(path):
-            latent_rate -= (vz * step).sum((0, 1, 2))
+            latent_rate -= (vz * step).sum_to_size(latent_rate.shape)
             u = vz * -self.latent_rate  # for the gradient that made the step
             mean_u = u.mean(2)
             q = mean_u @ self.to_mean

@@ -53,6 +53,10 @@ class LEO(nn.Module):
         spread: standard deviations are "shifted" (`deviation`; reference code) or "exp", exp(s) alone.
         nan_rule: gradients of a step whose loss or gradient is not a number are the parameters themselves ("released":
             in the code two names are swapped) or those of an L2 penalty of weight 1e-4 ("intended", by its comment).
+        clip: after its entries, the norm of each "variable" of the meta-gradient is clipped (reference code), or that
+            of the "whole" gradient, as the text reads (App. B.4).
+        class_rates: None: one step size for each dimension, shared by the classes (reference code); or N: one for each
+            dimension of each of N classes, as "per-parameter" can be read. Tasks then have N ways.
         dropout: probability of dropping an input feature, anew at every use (training only).
         kl, encoder_penalty, l2, orthogonality: beta, gamma, lambda_1 and lambda_2 of equations 6 and 7.
         latent_lr, weight_lr: initial inner step sizes; one for each of the n_z and d dimensions is meta-learned.
@@ -70,13 +74,15 @@ class LEO(nn.Module):
 
     def __init__(
         self, features=640, latent=64, *, latent_steps=5, weight_steps=5, stochastic=True, prior="encoder", copies=True,
-        reduce="mean", spread="shifted", nan_rule="released", dropout=0.3, kl=0.001, encoder_penalty=1e-9, l2=1e-8,
-        orthogonality=0.001, latent_lr=1.0, weight_lr=0.001, seed=0, generator: torch.Generator | None = None,
+        reduce="mean", spread="shifted", nan_rule="released", clip="variable", class_rates: int | None = None,
+        dropout=0.3, kl=0.001, encoder_penalty=1e-9, l2=1e-8, orthogonality=0.001, latent_lr=1.0, weight_lr=0.001,
+        seed=0, generator: torch.Generator | None = None,
     ):
         super().__init__()
         for what, value, known in (
             ("prior", prior, ("encoder", "random", "random at test")), ("reduce", reduce, ("mean", "sum")),
             ("spread", spread, ("shifted", "exp")), ("nan_rule", nan_rule, ("released", "intended")),
+            ("clip", clip, ("variable", "whole")),
         ):  # fmt: skip
             if value not in known:
                 raise ValueError(f"{what}={value!r} is not known; use {', '.join(known[:-1])} or {known[-1]}")
@@ -86,7 +92,7 @@ class LEO(nn.Module):
         self.latent_steps, self.weight_steps, self.copies = latent_steps, weight_steps, copies
         self.stochastic, self.prior, self.reduce, self.dropout = stochastic, prior, reduce, dropout
         self.kl, self.encoder_penalty, self.l2, self.orthogonality = kl, encoder_penalty, l2, orthogonality
-        self.spread, self.nan_rule, hidden = spread, nan_rule, 2 * latent
+        self.spread, self.nan_rule, self.clip, hidden = spread, nan_rule, clip, 2 * latent
 
         def matrix(rows, columns):
             return nn.Parameter(glorot_uniform((rows, columns), generator))
@@ -96,8 +102,9 @@ class LEO(nn.Module):
             [matrix(2 * latent, hidden), matrix(hidden, hidden), matrix(hidden, 2 * latent)]
         )
         self.decoder = matrix(latent, 2 * features)
-        self.latent_rate = nn.Parameter(torch.full((latent,), float(latent_lr)))
-        self.weight_rate = nn.Parameter(torch.full((features,), float(weight_lr)))
+        of_codes, of_weights = ((class_rates, 1), (class_rates,)) if class_rates else ((), ())  # [N, copies], [N]
+        self.latent_rate = nn.Parameter(torch.full((*of_codes, latent), float(latent_lr)))
+        self.weight_rate = nn.Parameter(torch.full((*of_weights, features), float(weight_lr)))
 
     # The three maps ----------------------------------------------------------------------------------------------
 
@@ -261,18 +268,21 @@ class LEO(nn.Module):
         return difference.square().mean() if self.reduce == "mean" else difference.norm()
 
     def prepare_gradients(self, loss: Tensor) -> None:
-        """Clip each entry of the gradient to 0.1, then the norm of each variable's to 0.1. (LEO, App. B.4)
+        """Clip each entry of the gradient to 0.1, then the norm of each variable's, or of the whole, to 0.1. (App. B.4)
 
         If the loss or a gradient is not a number, that step follows `nan_rule` instead.
         """
         parameters = [p for p in self.parameters() if p.grad is not None]
         failed = torch.stack([p.grad.isnan().any() for p in parameters] + [loss.detach().isnan()]).any()
         for p in parameters:
-            # step sizes are vectors, on which there is no penalty
-            share = 1.0 if self.nan_rule == "released" else 1e-4 if p.dim() > 1 else 0.0
+            penalized = p is not self.latent_rate and p is not self.weight_rate
+            share = 1.0 if self.nan_rule == "released" else 1e-4 if penalized else 0.0
             p.grad = torch.where(failed, share * p.detach(), p.grad)
             p.grad.clamp_(-0.1, 0.1)
-            p.grad.mul_(0.1 / p.grad.norm().clamp_min(0.1))
+            if self.clip == "variable":
+                p.grad.mul_(0.1 / p.grad.norm().clamp_min(0.1))
+        if self.clip == "whole":
+            nn.utils.clip_grad_norm_(parameters, 0.1)
 
     # Noise -------------------------------------------------------------------------------------------------------
 
