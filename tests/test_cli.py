@@ -6,10 +6,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from umeta_core import cli, costs, experiments, results, rows, stages
+from umeta_core import cli, costs, experiments, results, rows, snapshots, stages
 from umeta_core.cli import main
 from umeta_core.embeddings.base import write_atomically
 
@@ -273,6 +275,39 @@ def test_reproduce_runs_records_and_resumes(tmp_path):
     assert found == {"oracle-protonets-glyphs": 3, "matching-random-network-glyphs": 0}
     vectors = {path.stem.split("-")[-1] for path in folder.glob("stages/*-vectors-*.pt")}
     assert vectors == {"train", "test"}  # what is not tuned needs no validation images
+
+    before = {r["row"]: r["created"] for r in results.read_records("cactus", tmp_path / "results")}
+    for path in folder.glob("stages/*-vectors-*.pt"):  # a row that is new makes them anew: no reason to redo others
+        path.unlink()
+    more = umeta(*(("random-network" if a == "oracle-protonets" else a) for a in arguments), "--dry-run")
+    assert "matching-random-network-glyphs      smoke  seed 0        0 steps  done" in more.stdout
+    rest = "matching-random-network,nearest-mean-random-network"
+    more = umeta(*((rest if a == "oracle-protonets" else a) for a in arguments))
+    assert more.returncode == 0, more.stdout + more.stderr
+    after = {r["row"]: r["created"] for r in results.read_records("cactus", tmp_path / "results")}
+    assert after.keys() - before.keys() == {"nearest-mean-random-network-glyphs"} and before.items() <= after.items()
+
+
+def test_force_forgets_a_shared_training_once(tmp_path):
+    """Before any row runs: a row that comes later must not delete what an earlier one has trained."""
+    both = [rows.find_row("gmvae-20way-1shot"), rows.find_row("gmvae-20way-5shot")]
+    files = {experiments.training_file(row, tmp_path / "meta_gmvae" / f"{row.slug}-full-seed1.pt") for row in both}
+    (file,) = files
+    other = file.with_name(file.name.replace("seed1", "seed0"))
+    for path in (file, other):
+        write_atomically({"step": 1}, path)
+    snapshots.take(torch.nn.Linear(1, 1), snapshots.snapshots_of(file), 1000)
+    cli._forget_trainings(both, SimpleNamespace(scale="full", seeds=[1]), tmp_path)
+    assert other.exists() and not file.exists() and not any(snapshots.snapshots_of(file).glob("*.pt"))
+
+
+def test_a_plan_for_a_gpu_needs_no_gpu(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    arguments = ["reproduce", "cactus", "--rows", "oracle-protonets", "--device", "cuda", "--runs", str(tmp_path)]
+    assert main([*arguments, "--dry-run"]) == 0 and "to do on cuda" in capsys.readouterr().out
+    assert main(arguments) == 2 and "torch finds no CUDA GPU" in capsys.readouterr().err
+    assert main([*arguments[:-3], "gpu", "--dry-run"]) == 2 and "unknown device 'gpu'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

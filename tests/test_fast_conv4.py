@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from umeta_core.fast_conv4 import Geometry, conv_block, to_groups
+from umeta_core.fast_conv4 import Geometry, conv_block, to_groups, unfold
 
 GEOMETRIES = [
     Geometry(2),
@@ -15,6 +15,12 @@ GEOMETRIES = [
     Geometry(2, stride=1, pool=False),
     Geometry(2, padding=0),
 ]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_patches_for_a_gpu_are_those_of_torch(geometry):
+    x = torch.rand(3, 2, 9, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(unfold(x, geometry), F.unfold(x, 3, padding=geometry.padding, stride=geometry.stride))
 
 
 def block_inputs(geometry, seed=0, channels=3, filters=4, n=5, size=8):

@@ -158,6 +158,14 @@ def test_solutions_are_not_in_the_student_notebook(book):
     assert found[-1].metadata["tags"] == ["scratch"]
 
 
+def test_every_exercise_has_a_cell_to_fill_in(book):
+    """Also where the end of a solution and the next exercise are one piece of text."""
+    second = SOLVED.replace("after\n", "").replace("before\n", "").replace("ex-a", "ex-b")
+    found = [cell.source for cell in cells(SOLVED.replace("after\n", second), book, student=True)]
+    assert found.count("# Write your code here.") == 2
+    assert found.index("# Write your code here.") == 1 and "Question." in found[2] and found[3] == found[1]
+
+
 def test_figure_caption_follows_its_cell(book):
     header = "---\nmystnb:\n  figure:\n    name: fig-a\n    caption: See {eq}`eq-a`.\n---"
     code, caption = cells(f"```{{code-cell}} ipython3\n{header}\ndraw()\n```", book)

@@ -1,7 +1,9 @@
 """Records, published numbers, verdicts: the numbers in the book's tables are right or these tests fail."""
 
 import json
+import subprocess
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -273,3 +275,15 @@ def test_committed_records_are_valid():
     for paper in COUNTS:
         for row in read_records(paper, results.REPOSITORY / "results"):
             assert row["file"].endswith(f"{row['row']}-{row['scale']}-seed{row['seed']}.json")
+
+
+def test_every_folder_of_records_is_installed():
+    """A chapter on Colab reads them from there; fits are too large, and only `umeta reproduce` in a clone takes them."""
+    tomllib = pytest.importorskip("tomllib")
+    with open(results.REPOSITORY / "pyproject.toml", "rb") as file:
+        installed = tomllib.load(file)["tool"]["setuptools"]["data-files"]
+    tracked = subprocess.run(["git", "ls-files", "results"], cwd=results.REPOSITORY, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a clone")
+    folders = {str(Path(line).parent) for line in tracked.stdout.splitlines()} - {"results/fits"}
+    assert folders <= {folder.removeprefix("share/umeta/") for folder in installed}

@@ -94,7 +94,7 @@ def test_a_shared_fit_replaces_an_own_one(tmp_path, monkeypatch):
     shared_fits.share(model, own / name, tmp_path / "fits" / name)
     assert (tmp_path / "fits" / name).stat().st_size < (own / name).stat().st_size / 5
     assert "or take ours: umeta data fitted nearest-mean-bigan-glyphs)" in _missing_fit(row, "full", "cpu", folder)[0]
-    with pytest.raises(ValueError, match="exists already; move it away"):
+    with pytest.raises(ValueError, match="bigan-glyphs-full-vectors-train.pt, .* in .*own: move them away"):
         stages.take_fit(row, own)
 
     assert stages.take_fit(row, folder) == folder / name

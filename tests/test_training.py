@@ -200,6 +200,14 @@ def test_a_checkpoint_beyond_the_steps_asked_for_is_refused(tmp_path):
         train(learner(), source(), steps=2, checkpoint=tmp_path / "run.pt", **TASK)
 
 
+def test_the_history_names_every_process_that_trained(tmp_path):
+    first = train(learner(), source(), steps=2, checkpoint=tmp_path / "r.pt", **TASK)["made_by"]
+    second = train(learner(), source(), steps=4, checkpoint=tmp_path / "r.pt", **TASK)["made_by"]
+    only_read = train(learner(), source(), steps=4, checkpoint=tmp_path / "r.pt", **TASK)["made_by"]
+    assert len(first) == 1 and second[:1] == first and len(second) == 2 and only_read == second
+    assert first[0].keys() == {"commit", "dirty", "versions", "device", "created"}
+
+
 def test_snapshots_need_to_know_how_often(tmp_path):
     with pytest.raises(ValueError, match="snapshots are taken every `validate_every` steps; say how many"):
         train(learner(), source(), steps=1, snapshots=tmp_path, progress=False, **TASK)
@@ -214,8 +222,12 @@ def test_a_folder_in_place_of_a_checkpoint_is_not_called_damaged(tmp_path):
 def test_a_checkpoint_of_another_kind_of_device_is_named(tmp_path):
     """Its random numbers are other ones; a GPU's generator has 16 bytes of state."""
     file = tmp_path / "run.pt"
-    train(learner(), source(), steps=2, checkpoint=file, **TASK)
+    trained = learner()
+    train(trained, source(), steps=2, checkpoint=file, **TASK)
     torch.save(read_checkpoint(file) | {"generator": torch.zeros(16, dtype=torch.uint8)}, file)
+    done = learner(seed=1)
+    train(done, source(), steps=2, checkpoint=file, **TASK)  # nothing is left to draw
+    assert all(torch.equal(a, b) for a, b in zip(done.parameters(), trained.parameters()))
     with pytest.raises(ValueError, match="another kind of device than cpu"):
         train(learner(), source(), steps=4, checkpoint=file, **TASK)
 

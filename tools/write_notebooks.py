@@ -280,10 +280,9 @@ class Writer:
                 if not (self.student and self.in_solution):
                     out += self.code(cell, first)
                 continue
-            was_in_solution = self.in_solution
             if plain := self.markdown(cell.source, first):
                 out.append(nbformat.v4.new_markdown_cell(plain))
-            if self.student and self.in_solution and not was_in_solution:
+            if self.student and "{solution-start}" in cell.source:
                 out.append(nbformat.v4.new_code_cell("# Write your code here."))
         return out
 

@@ -77,6 +77,7 @@ def _add_row_command(commands, name: str, run, text: str) -> None:
     _add_machine(command)
     command.add_argument("--seed", type=_seed, default=0)
     command.add_argument("--checkpoint", type=Path, required=name == "evaluate", help="file to save to and resume from")
+    command.add_argument("--runs", type=Path, default=Path("runs"), help="embeddings and partitions are in its stages")
     if name == "train":
         command.add_argument("--steps", type=_positive, help="stop earlier than the scale says; a reduced budget")
         command.add_argument("--record", action="store_true", help="write the record that `umeta results` compares")
@@ -173,7 +174,7 @@ def _data_features(arguments) -> None:
     from .stages import import_embeddings
 
     row = find_row(arguments.row)
-    for path in import_embeddings(row, arguments.folder, arguments.runs / row.paper / "stages"):
+    for path in import_embeddings(row, arguments.folder, _stages(row, arguments)):
         print(path)
 
 
@@ -182,7 +183,7 @@ def _data_fitted(arguments) -> None:
     from .stages import take_fit
 
     row = find_row(arguments.row)
-    print(take_fit(row, arguments.runs / row.paper / "stages"))
+    print(take_fit(row, _stages(row, arguments)))
 
 
 def _prepare(arguments) -> None:
@@ -198,8 +199,8 @@ def _prepare(arguments) -> None:
         torch.set_num_threads(arguments.threads)
 
 
-def check_device(name: str) -> None:
-    """Raise ValueError unless torch can use the device."""
+def check_device(name: str, present=True) -> None:
+    """Raise ValueError unless torch knows the device and, if it is to be `present`, can use it."""
     import torch
 
     try:
@@ -208,6 +209,8 @@ def check_device(name: str) -> None:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {name!r}; use cpu, cuda or cuda:0")
+    if not present:
+        return
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} asked for, but torch finds no CUDA GPU; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -230,10 +233,12 @@ def _train(arguments) -> None:
     if arguments.record and old.exists() and results.budget(results.read_record(old)) > row.budget(arguments.scale):
         raise ValueError(f"{old} is of more than {row.budget(arguments.scale):,} steps; move it away first")
     if arguments.record and first:
-        record = run_row(row, arguments.scale, arguments.seed, arguments.device, checkpoint=arguments.checkpoint)
+        record = run_row(row, arguments.scale, arguments.seed, arguments.device, checkpoint=arguments.checkpoint,
+                         stages=_stages(row, arguments))  # fmt: skip
         _print_cells(record["cells"])
         return
-    learner, history = train_row(row, arguments.scale, arguments.seed, arguments.device, arguments.checkpoint)
+    learner, history = train_row(row, arguments.scale, arguments.seed, arguments.device, arguments.checkpoint,
+                                 _stages(row, arguments))  # fmt: skip
     steps = history.get("stopped", row.budget(arguments.scale))
     print(f"{row.slug}: {steps:,} steps in {history['seconds']:.0f} s")
     if first:
@@ -248,15 +253,22 @@ def _evaluate(arguments) -> None:
     _prepare(arguments)
     if row.learner in BASELINES:
         raise ValueError(f"{row.slug} trains nothing: umeta reproduce {row.paper} --rows {row.slug} tunes and tests it")
-    learner, steps = trained(row, arguments.checkpoint, arguments.seed, arguments.device, arguments.scale)
+    learner, steps = trained(row, arguments.checkpoint, arguments.seed, arguments.device, arguments.scale,
+                             _stages(row, arguments))  # fmt: skip
     print(f"{row.slug}: after {steps:,} steps")
     _print_tests(row, learner, arguments)
+
+
+def _stages(row, arguments) -> Path:
+    """Where `umeta reproduce` keeps embeddings and partitions."""
+    return arguments.runs / row.paper / "stages"
 
 
 def _print_tests(row, learner, arguments) -> None:
     from .experiments import measure
 
-    _print_cells(measure(row, learner, arguments.scale, arguments.seed, arguments.device))
+    stages = _stages(row, arguments)
+    _print_cells(measure(row, learner, arguments.scale, arguments.seed, arguments.device, stages))
 
 
 def _print_cells(cells: list[dict]) -> None:
@@ -274,10 +286,10 @@ def _reproduce(arguments) -> None:
         _print_list(rows, more, results.results_folder(arguments.results))
         return
     folder = results.results_folder(arguments.results).resolve()
-    check_device(arguments.device)
+    check_device(arguments.device, present=not (arguments.dry_run or arguments.profile))
     shortened = _print_plan(arguments, rows, folder)
     if not arguments.dry_run:
-        _snakemake(arguments, [row.slug for row in rows], folder, shortened)
+        _snakemake(arguments, rows, folder, shortened)
         print(results.table_text(arguments.paper, arguments.table, arguments.dataset, True, folder))
 
 
@@ -369,7 +381,7 @@ def _duration(seconds) -> str:
     return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
-def _snakemake(arguments, slugs: list[str], folder: Path, again: list[Path]) -> None:
+def _snakemake(arguments, rows: list, folder: Path, again: list[Path]) -> None:
     """Hand the plan to Snakemake, with `--runs` as its working directory; the records `again` are made anew.
 
     Raises ValueError when a run failed.
@@ -382,9 +394,11 @@ def _snakemake(arguments, slugs: list[str], folder: Path, again: list[Path]) -> 
         raise FileNotFoundError(f"{snakefile} not found; pip install -e '.[reproduce]' in a clone")
     runs = arguments.runs.resolve()
     runs.mkdir(parents=True, exist_ok=True)
-    config = {"paper": arguments.paper, "rows": ",".join(slugs), "scale": arguments.scale, "device": arguments.device,
+    slugs = ",".join(row.slug for row in rows)
+    config = {"paper": arguments.paper, "rows": slugs, "scale": arguments.scale, "device": arguments.device,
               "seeds": ",".join(map(str, arguments.seeds)), "threads": arguments.threads or 1, "results": str(folder),
-              "table": arguments.table, "dataset": arguments.dataset, "restart": arguments.force or None}  # fmt: skip
+              "table": arguments.table, "dataset": arguments.dataset, "restart": arguments.force or None,
+              "again": ",".join(path.stem for path in again) or None}  # fmt: skip
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--directory", str(runs),
         "--cores", str(arguments.cores), "--resources", f"gpu={arguments.gpus}", "--rerun-triggers", "mtime",
@@ -399,10 +413,24 @@ def _snakemake(arguments, slugs: list[str], folder: Path, again: list[Path]) -> 
     for name in ("UMETA_DATA", "UMETA_CACHE"):  # the runs have another working directory
         environment |= {name: os.path.abspath(environment[name])} if environment.get(name) else {}
     with _only_one(runs) as lock:
+        if arguments.force:
+            _forget_trainings(rows, arguments, runs)
         done = subprocess.run(command, env=environment, pass_fds=[lock.fileno()], check=False)
     if done.returncode:
         raise ValueError(f"a run failed (above); its notebook and checkpoint are in {runs / arguments.paper}. "
                          "The same command goes on from there")
+
+
+def _forget_trainings(rows: list, arguments, runs: Path) -> None:
+    """Delete the checkpoints of the rows, with their snapshots: all before the first run, as rows share some."""
+    from .experiments import training_file
+    from .snapshots import clear, snapshots_of
+
+    for row in rows:
+        for seed in arguments.seeds:
+            file = training_file(row, runs / row.paper / f"{row.slug}-{arguments.scale}-seed{seed}.pt")
+            file.unlink(missing_ok=True)
+            clear(snapshots_of(file))
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def expected_seconds(row: Row, scale: str, device="cpu", training=True) -> float
         return 15 + row.budget(scale) * each + 0.005 * row.test_tasks[scale]
     if row.learner == "gmvae":
         return 15 + _gmvae_seconds(row, scale, training) / (100 if torch.device(device).type == "cuda" else 1)
-    size = "large" if row.dataset in ("mini_imagenet", "celeba", "imagenet") else "small"
+    size = "large" if row.dataset in ("mini_imagenet", "celeba", "celeba_identity", "imagenet") else "small"
     per_step, per_way, per_image = _RATES[row.learner, torch.device(device).type, size]
     if row.inputs == "embeddings":
         per_step, per_way, per_image = per_step / 10, per_way / 10, per_image / 10

@@ -29,7 +29,7 @@ from .packs import alone
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
 from .rows import Row, embedding_plan
-from .snapshots import clear, select, selected, snapshots_of
+from .snapshots import select, selected, snapshots_of
 from .stages import (
     centroids,
     fit_embedding,
@@ -383,6 +383,7 @@ def run_row(
         "validation_seconds": round(history.get("validation_seconds", 0.0), 1),
         "protocol": plain(row.protocol()), "notebook": notebook,
         **({"training_of": row.training_of} if row.training_of else {}),
+        **({"trained_by": history["made_by"]} if "made_by" in history else {}),
         **embedding_record(row, scale, stages), **images_record(row, scale, stages), **origin,
     }  # fmt: skip
     write_record(record, folder)
@@ -426,20 +427,16 @@ def _thinned(history: dict, points: int = 100) -> dict:
     return {name: [round(history[name][i], 4) for i in keep] for name in ("step", "loss", "accuracy")}
 
 
-def execute_notebook(row: Row, scale: str, seed: int, device="cpu", threads=1, folder=None, runs="runs", restart=False):
+def execute_notebook(row: Row, scale: str, seed: int, device="cpu", threads=1, folder=None, runs="runs"):
     """Execute the paper's experiment notebook for one row with papermill; returns the path of the executed copy.
 
     The notebook calls `run_row`, so the record is written on the way. The copy and the checkpoint are
     ``<runs>/<paper>/<row>-<scale>-seed<seed>`` with ``.ipynb`` and ``.pt``; rows that share a training share the
-    checkpoint (see `training_file`). `restart` deletes an old checkpoint, with snapshots. Embeddings and partitions are
-    in ``<runs>/<paper>/stages``.
+    checkpoint (see `training_file`). Embeddings and partitions are in ``<runs>/<paper>/stages``.
     """
     stem = Path(runs).resolve() / row.paper / f"{row.slug}-{scale}-seed{seed}"
     stem.parent.mkdir(parents=True, exist_ok=True)
     copy, checkpoint = Path(f"{stem}.ipynb"), training_file(row, f"{stem}.pt")
-    if restart:
-        checkpoint.unlink(missing_ok=True)
-        clear(snapshots_of(checkpoint))
     parameters = {"row": row.slug, "scale": scale, "seed": seed, "device": str(device), "threads": threads,
                   "results": str(results_folder(folder).resolve()), "checkpoint": str(checkpoint),
                   "stages": str(stem.parent / "stages"),

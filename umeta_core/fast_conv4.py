@@ -64,6 +64,13 @@ def batch_statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def unfold(x: Tensor, geometry: Geometry) -> Tensor:
+    """As `torch.nn.functional.unfold` for 3x3 patches, which on a GPU launches a kernel for every image."""
+    padded = F.pad(x, [geometry.padding] * 4)
+    patches = padded.unfold(2, 3, geometry.stride).unfold(3, 3, geometry.stride)  # [n, C, H', W', 3, 3]
+    return patches.permute(0, 1, 4, 5, 2, 3).reshape(len(x), 9 * x.shape[1], -1)
+
+
 class PatchMoments:
     """Mean and covariance of the patches that a convolution sees in a fixed input, per task.
 
@@ -74,7 +81,8 @@ class PatchMoments:
     def __init__(self, x: Tensor, geometry: Geometry):
         tasks, n, channels = geometry.tasks, x.shape[0], x.shape[1] // geometry.tasks
         side = x.view(n, tasks, channels, *x.shape[2:]).transpose(0, 1).flatten(0, 1)
-        patches = F.unfold(side, 3, padding=geometry.padding, stride=geometry.stride)
+        patches = unfold(side, geometry) if x.is_cuda else F.unfold(side, 3, padding=geometry.padding,
+                                                                    stride=geometry.stride)  # fmt: skip
         patches = patches.view(tasks, n, channels * 9, -1).transpose(1, 2).reshape(tasks, channels * 9, -1)
         self.mean = patches.mean(2)
         patches = patches - self.mean.unsqueeze(2)

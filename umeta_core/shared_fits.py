@@ -61,7 +61,8 @@ def restore(model: Embedding, state: dict, path: str | Path, **expected) -> Embe
 def take(name: str, target: Path) -> None:
     """Copy the shared fit `name` to `target`. FileNotFoundError: there is none of that name."""
     if not (FOLDER / name).is_file():
-        there = ", ".join(sorted(path.stem for path in FOLDER.glob("*.pt"))) or "none (they are in a clone only)"
+        none = "none" if FOLDER.parent.is_dir() else "none here: they are in a clone of the repository"
+        there = ", ".join(sorted(path.stem for path in FOLDER.glob("*.pt"))) or none
         raise FileNotFoundError(f"no shared fit {name.removesuffix('.pt')}; there are: {there}")
     with atomic(target) as partial:
         shutil.copyfile(FOLDER / name, partial)

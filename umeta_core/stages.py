@@ -210,10 +210,13 @@ def take_fit(row: Row, folder=None) -> Path:
     """
     if not row.needs_embedding:
         raise ValueError(f"{row.slug} needs no embedding")
-    path, mine = fit_file(row, "full", folder), stem(row, "full", folder)
-    for own in (path, *sorted(mine.parent.glob(f"{mine.name}-*.pt"))):  # vectors, partitions, centroids of another fit
-        if own.exists():
-            raise ValueError(f"{own} exists already; move it away to take the shared fit")
+    path, fit = fit_file(row, "full", folder), row.plan.weights_of or row.fitted or row.embedding
+    views = {fit, *(name for (name, _), plan in EMBEDDINGS.items() if plan.weights_of == fit)}
+    stems = (_stem(name, row.dataset, "full", folder).name for name in views)
+    own = sorted(file.name for name in stems for file in path.parent.glob(f"{name}*.pt"))
+    if own:  # the fit itself, and vectors, partitions and centroids that stand on it
+        raise ValueError(f"{', '.join(own)} in {path.parent}: move {'them' if own[1:] else 'it'} away to take the "
+                         "shared fit")  # fmt: skip
     shared_fits.take(path.name, path)
     return path
 
@@ -229,8 +232,9 @@ def fitted_by(row: Row, scale: str, folder=None) -> tuple[list[dict], bool]:
 def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tensor:
     """The embedding ``[n, d]`` of a split, from its file if that exists.
 
-    Raises ValueError if the file is of other images, of another width, or no vectors at all.
+    Raises ValueError if the file is of other images or settings, of another width, or no vectors at all.
     """
+    settings = {"epochs": row.plan.epochs[scale], "batch": row.plan.batch, "options": row.plan.options}
     path, images = vectors_file(row, split, scale, folder), images_of(row, split, device)
     if path.exists():
         stored = _stored_vectors(path, row)
@@ -238,6 +242,9 @@ def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tens
             raise ValueError(f"{path} embeds {len(stored['z'])} images but {row.dataset} {split} has {len(images)}; "
                              "delete it to embed again")  # fmt: skip
         _check_images(path, stored, images)
+        if stored.get("settings", settings) != settings:
+            raise ValueError(f"{path} is of an embedding with {stored['settings']}, the row has {settings}; delete it, "
+                             "and the fit, to make them again")  # fmt: skip
         return stored["z"].to(device)
     model = fit_embedding(row, scale, device, folder)
     z = model.embed(images.images)
@@ -246,7 +253,7 @@ def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tens
         mean, matrix = pca_whitening(basis, model.d)
         z = (z - mean) @ matrix
     z = torch.nn.functional.normalize(z, dim=1) if row.plan.normalize else z
-    write_atomically({"z": z.cpu(), "images": fingerprint(images)}, path)
+    write_atomically({"z": z.cpu(), "images": fingerprint(images), "settings": settings}, path)
     return z
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from .episodes import Episodes
 from .packs import atomic
+from .results import provenance
 from .snapshots import clear, take
 
 
@@ -81,8 +82,9 @@ def train(
     process; but statistics of a batch norm over all images of a batch are those of a process's share.
 
     Returns:
-        ``{"step": [...], "loss": [...], "accuracy": [...], "validation": [[step, value], ...], "seconds": float}``,
-        loss and accuracy averaged since the entry before; with `validate` also "validation_seconds".
+        ``{"step": [...], "loss": [...], "accuracy": [...], "validation": [[step, value], ...], "seconds": float,
+        "made_by": [...]}``, loss and accuracy averaged since the entry before, made_by the commit, device and versions
+        of each process that trained; with `validate` also "validation_seconds".
 
     Raises:
         NonFiniteLoss: the loss is not finite; nothing is written from then on.
@@ -96,6 +98,8 @@ def train(
                checkpoint=checkpoint)  # fmt: skip
     if run.step > steps:
         raise ValueError(f"{checkpoint} is at step {run.step:,}, beyond the {steps:,} asked for; choose another file")
+    if run.step < steps and not run.is_stale(patience):
+        run.begin()
     if snapshots and run.step == 0 and run.rank == 0:
         clear(snapshots)
     report = _Report(run, steps, progress and run.rank == 0)
@@ -121,7 +125,7 @@ def train(
         run.history["stopped"] = run.step
     if run.best is not None:
         learner.load_state_dict(run.best)
-    return run.history
+    return run.history | {"made_by": run.made_by}
 
 
 class _Run:
@@ -138,9 +142,21 @@ class _Run:
         self.history = {"step": [], "loss": [], "accuracy": [], "validation": [], "seconds": 0.0}
         self.recent: list[torch.Tensor] = []
         self.best: dict | None = None
+        self.made_by: list[dict] = []  # one entry for each process that trained
+        self.foreign = False  # whether the checkpoint's random numbers are those of another kind of device
         self.rank, self.world = _processes(device)
         if self.checkpoint and self.checkpoint.exists():
             self.load()
+
+    def begin(self) -> None:
+        """Before the first step of this process. ValueError: its random numbers cannot go on from the checkpoint's."""
+        device = self.generator.device
+        if self.foreign:
+            raise ValueError(
+                f"{self.checkpoint} was written on another kind of device than {device.type}, whose random numbers "
+                "differ; go on there, or start afresh with another file"
+            )
+        self.made_by = [*self.made_by, provenance(device)]
 
     def one_step(self, tasks: int, way: int, shot: int, query: int) -> None:
         episodes = self.source.sample(tasks, way, shot, query, self.generator)
@@ -240,6 +256,7 @@ class _Run:
             "best": self.best,
             "source": self.source.state_dict() if hasattr(self.source, "state_dict") else None,
             "versions": versions(),
+            "made_by": self.made_by,
         }
         with atomic(self.checkpoint) as partial:
             torch.save(state, partial)
@@ -263,13 +280,10 @@ class _Run:
             ) from None
         self.optimizer.load_state_dict(state["optimizer"])
         device = self.generator.device
-        if len(state["generator"]) != len(self.generator.get_state()):
-            raise ValueError(
-                f"{self.checkpoint} was written on another kind of device than {device.type}, whose random numbers "
-                "differ; go on there, or start afresh with another file"
-            )
-        self.generator.set_state(state["generator"].cpu())
-        self.step, self.history = state["step"], state["history"]
+        self.foreign = len(state["generator"]) != len(self.generator.get_state())
+        if not self.foreign:
+            self.generator.set_state(state["generator"].cpu())
+        self.step, self.history, self.made_by = state["step"], state["history"], state.get("made_by", [])
         self.recent = [mean.to(device) for mean in state["recent"]]
         self.best = state.get("best")
         if state.get("source") is not None:

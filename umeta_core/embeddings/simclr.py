@@ -24,8 +24,6 @@ _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet'
 class SimCLR(Embedding):
     """Five convolutions with batch norm, ReLU and max-pool; the vector is the last map, d = 256 for 84x84 images.
 
-    Colors are normalized by ImageNet's statistics (reference code, not in the paper).
-
     Args:
         channels, size: of the square images.
         temperature: of the loss.
@@ -33,6 +31,7 @@ class SimCLR(Embedding):
         schedule: of the learning rate, by epochs: "released": ten epochs at `lr`, then a cosine that reaches zero after
             75 epochs and climbs again, to `lr` after another 75, and so on; "cosine": half a period over the whole
             fit; "constant".
+        normalize: colors by ImageNet's statistics (reference code, not in the paper).
         area: least share of the image that a view shows; color: strength of the color distortion, see `views`.
         autocast: bfloat16 convolutions; None: on a GPU only.
         generator: source of the initial weights, Glorot-uniform.
@@ -44,8 +43,8 @@ class SimCLR(Embedding):
     encoder_parts = ("encoder.",)
 
     def __init__(
-        self, channels=3, size=84, *, temperature=0.5, lr=1e-3, schedule="released", area=0.08, color=0.8,
-        autocast: bool | None = None, generator: torch.Generator | None = None,
+        self, channels=3, size=84, *, temperature=0.5, lr=1e-3, schedule="released", normalize=True, area=0.08,
+        color=0.8, autocast: bool | None = None, generator: torch.Generator | None = None,
     ):  # fmt: skip
         super().__init__()
         if size < 2**LAYERS:
@@ -53,7 +52,7 @@ class SimCLR(Embedding):
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule={schedule!r} is not known; use one of {', '.join(SCHEDULES)}")
         self.shape, self.temperature, self.lr, self.schedule = (channels, size, size), temperature, lr, schedule
-        self.area, self.color, self.autocast = area, color, autocast
+        self.area, self.color, self.autocast, self.normalize = area, color, autocast, normalize and channels == 3
         self.d = FILTERS * (size // 2**LAYERS) ** 2
         maps = [channels] + [FILTERS] * LAYERS
         self.encoder = nn.Sequential(*(
@@ -71,7 +70,7 @@ class SimCLR(Embedding):
         """Vectors ``[n, d]``, none of them negative, of images ``[n, C, H, W]`` in [0, 1]."""
         if x.shape[1:] != self.shape:
             raise ValueError(f"this network takes images of {self.shape}, these are {tuple(x.shape[1:])}")
-        if x.shape[1] == 3:
+        if self.normalize:
             x = (x - x.new_tensor(_MEAN).view(3, 1, 1)) / x.new_tensor(_DEVIATION).view(3, 1, 1)
         enabled = x.is_cuda if self.autocast is None else self.autocast
         with torch.autocast(x.device.type, torch.bfloat16, enabled=enabled):

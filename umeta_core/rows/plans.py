@@ -98,9 +98,9 @@ EMBEDDINGS = {
     ("GAN", "celeba"): EmbeddingPlan("given", {"latent": 512, "sphere": True}, _epochs(0, 0, 0)),
     ("GAN", "mini_imagenet"): EmbeddingPlan("given", {"latent": 120}, _epochs(0, 0, 0)),
     # Meta-GMVAE, App. B.1
-    ("SimCLR", "mini_imagenet"): EmbeddingPlan("simclr", {}, _epochs(1, 1, 400), batch=512),
+    ("SimCLR", "mini_imagenet"): EmbeddingPlan("simclr", {"normalize": True}, _epochs(1, 1, 400), batch=512),
     ("short SimCLR", "mini_imagenet"): EmbeddingPlan(
-        "simclr", {"autocast": True, "schedule": "cosine"}, _epochs(1, 1, 10), batch=512,
+        "simclr", {"normalize": True, "autocast": True, "schedule": "cosine"}, _epochs(1, 1, 10), batch=512,
         deviation="SimCLR for 10 epochs"),
     ("PCA pixels", "omniglot"): EmbeddingPlan("pca", {"d": 256}, _epochs(1, 1, 1)),
     ("PCA-16 pixels", "omniglot"): EmbeddingPlan("pca", {"d": 16}, _epochs(1, 1, 1)),
