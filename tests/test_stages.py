@@ -106,6 +106,8 @@ def test_a_shared_fit_replaces_an_own_one(tmp_path, monkeypatch):
     monkeypatch.setitem(EMBEDDINGS, ("BiGAN", "omniglot"), dataclasses.replace(small, batch=64))
     with pytest.raises(ValueError, match="the fit of another embedding .batch: 128 there, 64 here"):
         stages.fit_embedding(row, "full", folder=folder)
+    with pytest.raises(ValueError, match="is of an embedding with .*'batch': 128.*, the row has .*'batch': 64"):
+        stages.vectors(row, "train", "full", folder=folder)
 
 
 def test_only_a_finished_fit_that_half_precision_can_hold_is_shared(tmp_path):
