@@ -185,6 +185,20 @@ def test_a_budget_leaves_tasks_out_but_never_all(glyphs):
     torch.testing.assert_close(torch.cat(seen), together[[0, 1, 2, 0]], rtol=1e-3, atol=1e-4)
 
 
+def test_tasks_that_were_left_out_come_first_in_their_bucket_and_do_not_age(glyphs):
+    tasks = source(glyphs)
+    tasks.buckets, tasks.pools, tasks.alive = 2 * tasks.buckets[:1], 2 * tasks.pools[:1], [None, None]
+    learner, first = RuleLearner(UpdateRule("small", lr=1e-2), seconds=0.0), {0: [], 1: []}
+    for _ in range(4):  # two turns of each bucket
+        truncation = tasks.sample(3, 0, 5, 0, generator())
+        before, index = tasks.alive[truncation.bucket]["left"] + truncation.x.shape[1], truncation.bucket
+        learner.loss(truncation)
+        aged = (tasks.alive[index]["left"] < before).nonzero().flatten().tolist()
+        assert len(aged) == 1
+        first[index] += aged
+    assert first == {0: [0, 1], 1: [0, 1]}
+
+
 def test_processes_have_noise_of_their_own(monkeypatch):
     drawn = []
     for rank, seed in (("0", 0), ("1", 0), ("0", 1), ("0", 0)):

@@ -267,6 +267,10 @@ class LEO(nn.Module):
         difference = rows @ rows.T - torch.eye(self.latent, dtype=rows.dtype, device=rows.device)
         return difference.square().mean() if self.reduce == "mean" else difference.norm()
 
+    def step_sizes(self) -> tuple:
+        """The parameters that no penalty reaches."""
+        return self.latent_rate, self.weight_rate
+
     def prepare_gradients(self, loss: Tensor) -> None:
         """Clip each entry of the gradient to 0.1, then the norm of each variable's, or of the whole, to 0.1. (App. B.4)
 
@@ -275,7 +279,7 @@ class LEO(nn.Module):
         parameters = [p for p in self.parameters() if p.grad is not None]
         failed = torch.stack([p.grad.isnan().any() for p in parameters] + [loss.detach().isnan()]).any()
         for p in parameters:
-            penalized = p is not self.latent_rate and p is not self.weight_rate
+            penalized = all(p is not rate for rate in self.step_sizes())
             share = 1.0 if self.nan_rule == "released" else 1e-4 if penalized else 0.0
             p.grad = torch.where(failed, share * p.detach(), p.grad)
             p.grad.clamp_(-0.1, 0.1)
@@ -287,9 +291,13 @@ class LEO(nn.Module):
     # Noise -------------------------------------------------------------------------------------------------------
 
     def _noise(self, like: Tensor, test=False) -> torch.Generator:
-        """A new generator for each call of `loss`, on the device of `like`; each process of several has its own."""
+        """A new generator for each call of `loss`, on the device of `like`; each process of several has its own.
+
+        At test it depends on the tasks: the same for the same ones, another for each block of them.
+        """
         self.draws += not test
-        return noise_of_call(like.device, self.seed, 0 if test else self.draws)
+        call = like.double().sum().view(torch.int64).item() % 2**31 if test else self.draws
+        return noise_of_call(like.device, self.seed, call)
 
     def get_extra_state(self) -> dict:
         return {"draws": self.draws}

@@ -241,7 +241,11 @@ class LEORegression(nn.Module):
             total = total + self.orthogonality * sum(orthogonality_penalty(w) for w in self.decoder)
         return total
 
-    prepare_gradients, nan_rule = LEO.prepare_gradients, "intended"  # the clipping is the classifier's
+    prepare_gradients, nan_rule, clip = LEO.prepare_gradients, "intended", "variable"  # as the classifier's
+
+    def step_sizes(self) -> tuple:
+        """The parameters that no penalty reaches."""
+        return (self.rates,)
 
     def predict(
         self, batch: Regression, x: Tensor, samples: int, generator: torch.Generator, steps: int | None = None

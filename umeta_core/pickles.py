@@ -55,6 +55,8 @@ def read_embeddings(path: str | Path) -> tuple[Tensor, Tensor, list[str], list[s
         raise ValueError(f"{path} has embeddings that are not numbers: get it again") from None
     if not torch.isfinite(vectors).all():
         raise ValueError(f"{path} has embeddings that are not finite: get it again")
+    if not isinstance(content["keys"], (list, tuple, np.ndarray)) or not len(content["keys"]):
+        raise ValueError(f"{path} has no list of keys: get it again")
     keys = [key.decode("latin1") if isinstance(key, bytes) else str(key) for key in content["keys"]]
     if vectors.ndim != 2 or len(vectors) != len(keys):
         raise ValueError(f"{path} has embeddings of shape {tuple(vectors.shape)} and {len(keys)} keys; "

@@ -162,7 +162,10 @@ def part_of_imagenet_files(name, folder, layout, split):
     """(files, labels, class names) of one split: a CSV (filename,label) with images/, or a folder for each class."""
     if layout == "csv":
         with open(folder / f"{split}.csv", newline="") as file:
-            rows = [(folder / "images" / row["filename"], row["label"]) for row in csv.DictReader(file)]
+            found = csv.DictReader(file)
+            if not {"filename", "label"} <= set(found.fieldnames or ()):
+                raise ValueError(f"{file.name} has no columns filename and label: get it again")
+            rows = [(folder / "images" / row["filename"], row["label"]) for row in found]
     else:
         rows = [(file, file.parent.name) for file in sorted((folder / split).glob("*/*"))
                 if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
@@ -273,7 +276,18 @@ def read_celeba_full(folder, split):
 
 
 def celeba_labels(folder, split):
-    """(file names, identities [n], attributes [n, 40] in {0, 1}, their names) from the official lists."""
+    """(file names, identities [n], attributes [n, 40] in {0, 1}, their names) from the official lists.
+
+    ValueError: the lists do not fit each other, or one is cut short.
+    """
+    try:
+        return _celeba_labels(folder, split)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{folder}: its three lists do not fit each other or are cut short ({error}): get them again"
+                         ) from None
+
+
+def _celeba_labels(folder, split):
     partition = dict(line.split() for line in (folder / "list_eval_partition.txt").read_text().splitlines())
     people = dict(line.split() for line in (folder / "identity_CelebA.txt").read_text().splitlines())
     lines = (folder / "list_attr_celeba.txt").read_text().splitlines()

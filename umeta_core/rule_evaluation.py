@@ -62,6 +62,9 @@ def trial(images: ImageSet, judged: ImageSet | None = None, *, networks=8, way=1
     if not shuffle:
         state["order"] = torch.arange(bucket.widths[0], device=generator.device).expand(networks, -1)
     judged_bucket = Bucket(judged, way, tuple(hidden), drop=0.0, moved=0)
+    if state["classes"].max() >= pool.size.shape[1] or (pool.size[0][state["classes"]] == 0).any():
+        raise ValueError(f"{images.name} {images.split} lacks a class that {judged.name} {judged.split} has; show the "
+                         "rule images of every class that it is judged on")  # fmt: skip
     x, labels, _ = labeled(judged_bucket, judging, state, draws, shot, generator)
     return Trial(bucket, pool, state, x, labels, seed)
 

@@ -92,7 +92,8 @@ def datasets(theta: UpdateRule, names=tuple(HELD_OUT), networks=8, vae_steps=(50
             "VAE": percent(torch.stack(vae)), "seconds": round(time.perf_counter() - started, 1),
         }  # fmt: skip
         print(name, {k: np.round(np.mean(v, -1), 1).tolist() for k, v in done[name].items() if isinstance(v, list)})
-    return {"networks": networks, "data": done}
+    sizes = {"hidden": [32, 32], "batch": 32, "VAE": {"layers": 3, "width": 128, "batch": 128}}
+    return {"networks": networks, "sizes": sizes, "data": done}
 
 
 def architectures(theta: UpdateRule, name="MNIST, 14x14", networks=4, seed=0) -> dict:
@@ -227,9 +228,16 @@ def main() -> None:
               **provenance()}  # fmt: skip
     name = a.figure + (f"-{about['plan']}-{about['steps']}-seed{about['seed']}" if about else "")
     folder = a.folder or results_folder() / "learned_rule" / "figures"
-    with atomic(folder / f"{name}.json") as partial:
+    path = folder / f"{name}.json"
+    if a.data and path.exists():  # a part is added to what is there
+        old = json.loads(path.read_text())
+        settings = ("networks", "steps", "meta_steps")
+        if any(old.get(key) != json.loads(json.dumps(record.get(key))) for key in settings):
+            parser.error(f"{path} has other settings; give another --folder")
+        record["data"] = old["data"] | record["data"]
+    with atomic(path) as partial:
         partial.write_text(json.dumps(record, indent=1))
-    print(folder / f"{name}.json")
+    print(path)
 
 
 if __name__ == "__main__":

@@ -20,27 +20,31 @@ class RuleLearner(nn.Module):
         rule: what is meta-trained.
         clip: bound on the norm of the gradient (App. H.2).
         recompute: see `UpdateRule.forward`; less memory for a third more time.
-        seconds: a budget for each call of `loss`. Tasks are then run one by one, and those that the time does not
-            suffice for are left out (at least one is run): processes on uneven machines need not wait for each other.
-            The next call begins with the first task that was left out.
+        seconds: a budget for each meta-step. Tasks are then run one by one, and those that the time does not suffice
+            for are left out (at least one is run): processes on uneven machines need not wait for each other. Their
+            networks do not age, and the next call with the same bucket begins with them.
     """
 
     def __init__(self, rule: UpdateRule, clip: float = 5.0, recompute: bool = False, seconds: float | None = None):
         super().__init__()
         self.rule, self.clip, self.recompute, self.seconds = rule, clip, recompute, seconds
-        self.first = 0
+        self.first: dict[int, int] = {}  # the task to begin with, by bucket
 
     def loss(self, truncation: Truncation) -> tuple[Tensor, Tensor]:
         """Losses and accuracies ``[T]`` after the U steps (eq-rule-truncation), from detached networks."""
         if self.seconds is None:
             return self._run(truncation)
         started, done = time.monotonic(), []
-        tasks = len(truncation)
-        for task in (n % tasks for n in range(self.first, self.first + tasks)):
-            if done and time.monotonic() - started > self.seconds:
+        forward = self.seconds / (4 if self.recompute else 3)  # the way back takes two or three times as long
+        tasks, first = len(truncation), self.first.get(truncation.bucket, 0)
+        order = [(first + n) % tasks for n in range(tasks)]
+        for task in order:
+            if done and time.monotonic() - started > forward:
                 break
             done.append(self._run(truncation[task : task + 1]))
-        self.first = (self.first + len(done)) % tasks
+        if truncation.left is not None:
+            truncation.left[order[len(done) :]] += truncation.x.shape[1]
+        self.first[truncation.bucket] = (first + len(done)) % tasks
         return tuple(map(torch.cat, zip(*done)))
 
     def _run(self, truncation: Truncation) -> tuple[Tensor, Tensor]:

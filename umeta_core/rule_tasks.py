@@ -73,7 +73,8 @@ class Truncation:
     `phi` are the networks, which the learner leaves where they ended; `x` ``[T, U, B, N_0]`` unlabeled batches;
     `labeled` ``[T, D, 2, K, N_0]`` with `labels` ``[T, D, 2, K]``: D draws of two halves, K = classes x shot; `extra`
     ``[T, D, 2, K, r]`` more targets, or None. `noise`, for `PESLearner`: the second network of each antithetic pair
-    ("below") and the sum of the noise since the pair began ("noise" ``[T, theta]``).
+    ("below") and the sum of the noise since the pair began ("noise" ``[T, theta]``). `left` ``[T]`` are the steps that
+    each network has left after this truncation, a view of the state of its `bucket` (a number).
     """
 
     phi: Phi
@@ -83,6 +84,8 @@ class Truncation:
     classes: int
     extra: Tensor | None = None
     noise: dict | None = None
+    left: Tensor | None = None
+    bucket: int = 0
 
     def __len__(self) -> int:
         return len(self.x)
@@ -95,6 +98,7 @@ class Truncation:
             self, phi=self.phi.map(lambda p: p[tasks]), x=self.x[tasks], labeled=self.labeled[tasks],
             labels=self.labels[tasks], extra=None if self.extra is None else self.extra[tasks],
             noise=self.noise and {k: cut(v) for k, v in self.noise.items()},
+            left=None if self.left is None else self.left[tasks],
         )  # fmt: skip
 
 
@@ -135,7 +139,7 @@ class RuleTasks:
         shown = unlabeled(bucket, pool, state, (unroll, self.batch), generator)
         x, labels, extra = labeled(bucket, pool, state, self.draws, shot, generator)
         noise = {k: state[k] for k in ("below", "noise") if k in state} or None
-        return Truncation(Phi(*state["phi"]), shown, x, labels, bucket.way, extra, noise)
+        return Truncation(Phi(*state["phi"]), shown, x, labels, bucket.way, extra, noise, state["left"], index)
 
     def _renewed(self, index: int, tasks: int, shot: int, generator: torch.Generator) -> dict:
         """The bucket's networks and data sets, those that are through (or no longer finite) replaced by fresh ones."""
@@ -163,8 +167,9 @@ class RuleTasks:
         }  # fmt: skip
 
     def state_dict(self) -> dict:
-        """Step and living networks (of several processes, those of this one), for a checkpoint."""
-        return {"steps": self.steps, "alive": self.alive}
+        """Step and living networks, for a checkpoint; of several processes no one's, as each has others."""
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        return {"steps": self.steps, "alive": self.alive if alone else [None] * len(self.buckets)}
 
     def load_state_dict(self, state: dict) -> None:
         """What `state_dict` gave; one of several processes starts with fresh networks, as it has not saved its own."""

@@ -14,6 +14,8 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colo
 class VGG19(Embedding):
     """The flattened last map of torchvision's VGG-19: d = 25,088 for images enlarged to 224x224 (LASIUM, section 4).
 
+    LASIUM's code has Keras' weights, whose pixels are centered and not scaled: other features than these.
+
     A drawing's gray takes all three colors. `fit` does nothing; torchvision downloads the weights (550 MB) once.
 
     Args:

@@ -1,7 +1,8 @@
 """The rows of LASIUM: Tables 1 to 4 and 7, and the switches of the ledger.
 
 Which constant belongs to a row of Tables 1 to 4, and how long it trained, is not printed: see `_BEST` and `_LENGTH`.
-Rows on CelebA and mini-ImageNet need generators that others have trained (ProGAN, BigBiGAN), see `umeta data`.
+Rows on CelebA and mini-ImageNet need generators that others have trained (ProGAN, BigBiGAN), see
+`stages.given_generator`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _PLACES = {
     "celeba_identity": dict(table="2", split=None, way=5, rate=0.05, network=_PHOTOS, norm="inductive",
                             tests=((5, 1), (5, 5), (5, 15)), test_query=15,
                             length={"maml": 60_000, "protonets": 15_000}),
-    "celeba": dict(table="3", split=None, way=2, rate=0.05, network=_PHOTOS, norm="inductive", tests=((2, 5),),
+    "celeba": dict(table="3", split=None, way=2, rate=0.05, network=_PHOTOS, norm="transductive", tests=((2, 5),),
                    test_query=5, length={"maml": 105_000, "protonets": 60_000}),
     "mini_imagenet": dict(table="4", split=None, way=5, rate=0.05, network=_PHOTOS, norm="inductive",
                           tests=((5, 1), (5, 5), (5, 20), (5, 50)), test_query=15,
@@ -85,11 +86,13 @@ def _headline(dataset: str, generators: dict[str, str]) -> list[Row]:
                    steps={"smoke": 0, "quick": 0, "full": 0},
                    test_tasks={"smoke": 2, "quick": 40, "full": 1000})  # fmt: skip
     labels = "attributes" if dataset == "celeba" else "labels"
+    quoted = {"deviation": "the published number is CACTUs' or UMTRA's, of their network and training"}
+    of_others = {} if dataset == "celeba_identity" else quoted
     umtra = "UMTRA" if dataset == "celeba_identity" else "UMTRA-MAML"
     rows = [
-        replace(scratch, tasks=0, query=0),
-        _row(dataset, "supervised-maml", "Supervised MAML", "maml", labels),
-        _row(dataset, "supervised-protonets", "Supervised ProtoNets", "protonets", labels),
+        replace(scratch, tasks=0, query=0, **(quoted if dataset in ("celeba", "mini_imagenet") else {})),
+        _row(dataset, "supervised-maml", "Supervised MAML", "maml", labels, **of_others),
+        _row(dataset, "supervised-protonets", "Supervised ProtoNets", "protonets", labels, **of_others),
     ]
     if dataset != "mini_imagenet":  # a linear layer on frozen features, trained on each support set
         rows.append(_row(dataset, "transfer-vgg", "Transfer Learning (VGG-19)", "maml", "labels", fitted="VGG-19",
@@ -99,7 +102,8 @@ def _headline(dataset: str, generators: dict[str, str]) -> list[Row]:
         rows.append(_row(dataset, "cactus-maml", "CACTUs", "maml", "clusters", fitted="DeepCluster", clusters=500,
                          partitions=50))  # fmt: skip
     if dataset != "celeba":
-        rows.append(_row(dataset, "umtra-maml", umtra, "maml", "augmented"))
+        more = quoted if dataset == "mini_imagenet" else {}
+        rows.append(_row(dataset, "umtra-maml", umtra, "maml", "augmented", **more))
     for pair, policy in generators.items():
         generator, learner = pair.split("-")
         strength = _ON_SPHERE[policy] if dataset.startswith("celeba") and generator == "GAN" else _BEST[policy]

@@ -91,7 +91,7 @@ _META_SGD_RANGES = dict(lr=("log", 1e-4, 1e-1), inner_lr=("log", 0.1, 100.0))
 
 # The best 1-shot trials on small features: seeds of the rows "leo-1shot-small-search", "meta-sgd-1shot-small-search".
 # They serve both shots and all of LEO's variants; the paper searched for each.
-_BEST_TRIAL = {"leo": 5, "maml": 7}
+BEST_TRIAL = {"leo": 5, "maml": 7}
 
 
 def _small(row: Row) -> Row:
@@ -103,7 +103,7 @@ def _small(row: Row) -> Row:
     if not row.trained:
         return row
     row = replace(row, at_most=20_000)
-    found = replace(row, search=_ranges(row)).configuration(_BEST_TRIAL[row.learner])
+    found = replace(row, search=_ranges(row)).configuration(BEST_TRIAL[row.learner])
     return replace(found, search={}, deviation="" if row.learner == "maml" else row.deviation)
 
 
