@@ -120,3 +120,12 @@ def test_block_memory_is_freed_without_the_garbage_collector():
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_a_third_derivative_is_an_error_and_not_wrong():
+    x, w, scale, shift = block_inputs(GEOMETRIES[0])
+    w.requires_grad_()
+    (first,) = torch.autograd.grad(conv_block(x, w, scale, shift, GEOMETRIES[0])[0].pow(3).sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice, not three times"):
+        torch.autograd.grad(first.square().sum(), w, create_graph=True)
+    torch.autograd.grad(first.square().sum(), w)

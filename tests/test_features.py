@@ -375,6 +375,8 @@ def test_arrays_are_read_as_they_were_written(tmp_path, protocol):
 
 @pytest.mark.parametrize("content, message", [
     ({"embeddings": np.array([["a"]]), "keys": ["0-a-a_1"]}, "embeddings that are not numbers"),
+    ({"embeddings": np.ones((1, 2)), "keys": 5}, "has no list of keys"),
+    ({"embeddings": np.ones((0, 2)), "keys": []}, "has no list of keys"),
     ({"embeddings": np.full((1, 2), np.nan), "keys": ["0-a-a_1"]}, "embeddings that are not finite"),
     ([1, 2], "not a dict of 'embeddings' and 'keys'"), ({"embeddings": np.zeros((1, 2))}, "not a dict"),
     ({"embeddings": np.zeros((2, 3)), "keys": ["0-a-a_1"]}, r"shape \(2, 3\) and 1 keys"),

@@ -304,3 +304,12 @@ def test_rates_may_be_whole_numbers():
     whole, exact = MAML(network(), 1, inner_steps=1, test_lr=1), MAML(network(), 1.0, inner_steps=1, test_lr=1.0)
     torch.testing.assert_close(whole.loss(episodes())[0], exact.loss(episodes())[0])
     torch.testing.assert_close(whole.predict(episodes()), exact.predict(episodes()))
+
+
+def test_a_derivative_too_many_is_an_error():
+    """Written-out derivatives would pass for constants in the next one."""
+    e = episodes()
+    maml = MAML(Conv4(1, 16, 4, way=3, **CACTUS, generator=torch.Generator().manual_seed(0)), 0.1, inner_steps=1)
+    weights = [p for p in maml.parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match="can be differentiated once; MAML.loss_reference"):
+        torch.autograd.grad(maml.loss(e)[0].square().mean(), weights, create_graph=True)

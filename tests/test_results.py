@@ -278,7 +278,7 @@ def test_committed_records_are_valid():
 
 
 def test_every_folder_of_records_is_installed():
-    """A chapter on Colab reads them from there; fits are too large, and only `umeta reproduce` in a clone takes them."""
+    """A chapter on Colab reads them from there. Fits are too large, and only a clone takes them."""
     tomllib = pytest.importorskip("tomllib")
     with open(results.REPOSITORY / "pyproject.toml", "rb") as file:
         installed = tomllib.load(file)["tool"]["setuptools"]["data-files"]

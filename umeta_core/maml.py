@@ -292,4 +292,6 @@ class _MetaLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gout, _):
+        if torch.is_grad_enabled():
+            raise RuntimeError("MAML.loss can be differentiated once; MAML.loss_reference is for more")
         return None, None, None, *[torch.einsum("t,t...->...", gout, g) for g in ctx.grads]
