@@ -334,7 +334,7 @@ def _baseline(row: Row, scale: str, seed: int, support: int, device, stages):
 
         return make, [0.0, 0.25, 0.5, 0.75]
     if row.learner == "ridge":
-        return Ridge, [0.01, 0.1, 1.0, 10.0, 100.0]
+        return Ridge, [10.0**power for power in range(-2, 5)]
     if row.learner == "nearest-mean":
         return (lambda _: NearestMean()), []
     matching = ClusterMatching(centroids(row, scale, device, stages))
