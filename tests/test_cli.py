@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +47,7 @@ def umeta(*arguments):
         (["data", "features", "leo-1shot", "folder"], "no folder/train_embeddings.pkl; folder should be the folder of"),
         (["reproduce", "cactus", "--rows", ",", "--dry-run"], "no row of cactus fits"),
         (["evaluate", "oracle-maml", "--dataset", "glyphs", "--checkpoint", "no.pt"], "no checkpoint no.pt"),
-        (["reproduce", "cactus", "--rows", "orcale", "--dry-run"], "no row of cactus fits; its rows: oracle-protonets"),
+        (["reproduce", "cactus", "--rows", "orcale", "--dry-run"], "no row of cactus fits --rows orcale; near: oracle"),
         (["reproduce", "cactus", "--table", "77", "--dry-run"], "cactus has no table '77'"),
         (["data", "info", "onmiglot"], "unknown data set 'onmiglot'"),
     ],
@@ -186,6 +189,25 @@ def test_two_reproductions_do_not_share_a_folder(tmp_path, capsys):
     assert f"another umeta reproduce is at work in {tmp_path}" in capsys.readouterr().err
     with cli._only_one(tmp_path):  # free again
         pass
+
+
+def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys):
+    psutil = pytest.importorskip("psutil")
+    kernel = [sys.executable, "-c", "import time; time.sleep(60)"]
+    engine = f"import pathlib, subprocess; p = subprocess.Popen({kernel}, start_new_session=True); " \
+             f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(p.pid)); p.wait()"  # fmt: skip
+
+    def interrupt():
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    with open(tmp_path / "lock", "w") as lock, pytest.raises(KeyboardInterrupt):
+        cli._run_to_the_end([sys.executable, "-c", engine], dict(os.environ), lock)
+    assert "goes on from the last checkpoints" in capsys.readouterr().err
+    pid = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_rows_move_to_other_datasets():

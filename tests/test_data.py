@@ -572,7 +572,7 @@ def test_failed_download_is_the_same_clear_error(no_data, cache, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "Omniglot", no_network)
     with pytest.raises(FileNotFoundError, match="omniglot .*UMETA_DATA is not set.*download failed.*no route") as error:
         data.load("omniglot")
-    assert error.value.__cause__ is None and list(cache.iterdir()) == [cache / "omniglot"]
+    assert error.value.__cause__ is None and list(cache.glob("[!.]*")) == [cache / "omniglot"]
 
 
 def test_download_goes_to_the_cache_and_nowhere_else(no_data, cache, monkeypatch):
@@ -589,9 +589,25 @@ def test_download_goes_to_the_cache_and_nowhere_else(no_data, cache, monkeypatch
     monkeypatch.setattr(torchvision.datasets, "Omniglot", pretend)
     assert data.load("omniglot", "all").n_classes == 4
     assert len(written) == 2 and all(root.parent == cache for root in written)
-    assert {entry.name for entry in cache.iterdir()} == {"omniglot", "arrays"}  # the temporary folder is gone
+    assert {entry.name for entry in cache.iterdir()} == {"omniglot", ".omniglot.lock", "arrays"}  # the temporary folder is gone
     assert data.load("omniglot", "all").n_classes == 4 and len(written) == 2  # found, not downloaded again
     assert data.info("omniglot")["found"] == str(cache / "omniglot" / "omniglot-py")
+
+
+def test_a_folder_of_one_s_own_images(cache, tmp_path):
+    from PIL import Image
+
+    with pytest.raises(FileNotFoundError, match="one folder for each class"):
+        data.from_folder(tmp_path / "mine")
+    for name, value in (("b", 200), ("a", 100)):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (30, 20), (value, value + i, value - i)).save(tmp_path / "mine" / name / f"{i}.png")
+    images = data.from_folder(tmp_path / "mine", size=8)
+    assert images.images.shape == (6, 3, 8, 8) and images.images.dtype == torch.uint8
+    assert images.labels.tolist() == [0, 0, 0, 1, 1, 1] and images.class_names == ["a", "b"]
+    gray = data.from_folder(tmp_path / "mine", size=8, gray=True).images
+    assert gray.shape == (6, 1, 8, 8) and (gray[:3] == 100).all() and (gray[3:] == 200).all()
 
 
 def test_places_are_searched_in_order(no_data, cache, tmp_path, monkeypatch):

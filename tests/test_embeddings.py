@@ -188,3 +188,37 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
     first.fit(pictures(), epochs=1, batch=32, checkpoint=tmp_path / "e.pt", progress=False)
     with pytest.raises(ValueError, match="options: {'lr': 0.0002} there, {'lr': 0.05} here"):
         second.fit(pictures(), epochs=1, batch=32, checkpoint=tmp_path / "e.pt", progress=False)
+
+
+@pytest.mark.parametrize("kind", [PCAPixels, RandomNetwork])
+def test_a_control_that_is_there_is_read_and_not_made_again(kind, tmp_path):
+    options = {"d": 5} if kind is PCAPixels else {"filters": 4}
+    first = kind(1, 28, **options, generator=seeded())
+    first.fit(pictures(), checkpoint=tmp_path / "e.pt", batch=8)
+    before = (tmp_path / "e.pt").read_bytes()
+    again = kind(1, 28, **options, generator=seeded(1))
+    again.fit(pictures(seed=1), checkpoint=tmp_path / "e.pt", batch=8)
+    assert states_equal(first, again) and (tmp_path / "e.pt").read_bytes() == before
+
+
+class Root(Embedding):
+    """A loss that is finite at 0, where its gradient is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(1))
+
+    def optimizers(self):
+        return [torch.optim.SGD(self.parameters(), lr=1.0)]
+
+    def step(self, images, index, generator):
+        loss = self.w.sqrt().sum()
+        loss.backward()
+        self.opt[0].step()
+        return {"root": loss}
+
+
+def test_a_fit_whose_weights_are_not_finite_is_not_saved(tmp_path):
+    with pytest.raises(NonFiniteLoss, match="a weight is not finite after 1.0 epochs, though"):
+        Root().fit(pictures(8), epochs=1, batch=8, checkpoint=tmp_path / "e.pt", progress=False)
+    assert not (tmp_path / "e.pt").exists()

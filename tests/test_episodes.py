@@ -148,3 +148,18 @@ def test_attribute_tasks_put_all_three_values_against_none():
         AttributeTasks(images, prototypes).sample(1, 3, 2, 4, torch.Generator())
     with pytest.raises(ValueError, match=r"fewer than 50 \+ 60 images"):
         AttributeTasks(images, prototypes).sample(1, 2, 50, 60, torch.Generator())
+
+
+def test_one_s_own_partition_and_features_may_be_of_numpy():
+    images, generator = numbered(), torch.Generator
+    ours = PartitionTasks(images, images.labels.numpy(), torch.arange(48.0).view(48, 1).numpy())
+    episodes = ours.sample(4, 3, 2, 2, generator().manual_seed(0))
+    assert torch.equal(episodes.support, PartitionTasks(images, None, torch.arange(48.0).view(48, 1)).sample(
+        4, 3, 2, 2, generator().manual_seed(0)).support)  # fmt: skip
+
+
+def test_images_that_are_divided_by_255_already_are_refused():
+    images = numbered()
+    images.images = images.images / 255
+    with pytest.raises(ValueError, match="images are uint8, 0 to 255, not torch.float32; pass other numbers as features"):
+        PartitionTasks(images)

@@ -13,7 +13,7 @@ from umeta_core.experiments import early_stopping, run_row, train_row, training_
 from umeta_core.meta_gmvae import MetaGMVAE
 from umeta_core.results import matches, published
 from umeta_core.rows import ROWS, find_row
-from umeta_core.snapshots import snapshots_of
+from umeta_core.snapshots import select, selected, snapshots_of, take
 
 OURS = [row for row in ROWS if row.paper == "meta_gmvae"]
 
@@ -194,6 +194,17 @@ def test_an_interrupted_selection_goes_on_and_a_lost_snapshot_is_named(tmp_path,
     (snapshots_of(file) / "step-00000004.pt").unlink()
     with pytest.raises(ValueError, match="no snapshot of step 4; delete the checkpoint"):
         train_row(row, "smoke", 0, checkpoint=file)
+
+
+def test_weights_that_are_no_longer_due_are_not_chosen(tmp_path):
+    """The last step of a shortened training is looked at; once it has gone on, it is between the steps that count."""
+    learner, rated = torch.nn.Linear(1, 1), {2: 0.1, 3: 0.9, 4: 0.6, 6: 0.5}
+    for step in rated:
+        torch.nn.init.constant_(learner.weight, step)
+        take(learner, tmp_path, step)
+    for steps, best in ((3, 3), (6, 4)):
+        select(learner, tmp_path, lambda model: rated[int(model.weight)], steps=steps, every=2, row="a", plan={})
+        assert int(learner.weight) == int(selected(tmp_path, "a")["weight"]) == best
 
 
 def test_a_shortened_shared_training_is_selected_up_to_its_last_step(tmp_path, looked):

@@ -21,7 +21,7 @@ from umeta_core.meta_gmvae import (
     UnlabeledSets,
     sides,
 )  # fmt: skip
-from umeta_core.training import NonFiniteLoss, train
+from umeta_core.training import NonFiniteLoss, noise_of_call, train
 
 NORMAL = torch.distributions.Normal
 
@@ -415,8 +415,10 @@ def literal_prediction(model, e, t, queries=None):
     """Equations 10 and 11 for one episode: log p(y | x, D), ``[q, K]``."""
     xs, y, xq, _ = (part[t] for part in e.flat())
     xq = xq if queries is None else xq[queries]
-    g = torch.Generator().manual_seed(model.seed)
-    epsilon = torch.randn(len(xs) + len(xq), model.test_samples, model.latent, generator=g, dtype=xs.dtype)
+    g, m = noise_of_call("cpu", model.seed, e.first + t), len(xs)  # noise of this task's own
+    epsilon = torch.randn(m + e.flat()[2].shape[1], model.test_samples, model.latent, generator=g, dtype=xs.dtype)
+    if queries is not None:
+        epsilon = torch.cat([epsilon[:m], epsilon[[m + q for q in queries]]])
     x = torch.cat([xs, xq])
     h = x if model.encoder is None else torch_eval_encoder(model.encoder)(x)
     mean, log_variance = (s[0].unsqueeze(1) for s in model.posterior(h.unsqueeze(0)))
@@ -472,6 +474,17 @@ def test_inductive_prediction_meets_each_query_alone(options, monkeypatch):
     torch.testing.assert_close(model.predict(other)[:, :4], logits[:, :4])
     monkeypatch.setattr("umeta_core.meta_gmvae.MEMORY", 5 * 7 * 4 * 7)
     torch.testing.assert_close(model.predict(e), logits)
+
+
+@pytest.mark.parametrize("inference", ["transductive", "inductive"])
+def test_noise_belongs_to_a_task_and_not_to_its_batch(inference):
+    model, e = feature_model(test_samples=3, inference=inference), feature_episodes()
+    whole = model.predict(e)
+    torch.testing.assert_close(torch.cat([model.predict(e[:1]), model.predict(e[1:])]), whole)
+    twice = Episodes(e.support[:1].repeat(2, 1, 1, 1), e.query[:1].repeat(2, 1, 1, 1))
+    first, second = model.predict(twice)
+    torch.testing.assert_close(first, whole[0])
+    assert not torch.allclose(first, second)  # an interval over tasks has to contain the noise
 
 
 def test_prediction_on_images_uses_running_averages_and_leaves_no_trace():

@@ -149,8 +149,19 @@ def test_centroids_of_other_vectors_are_refused(tmp_path):
     path = stages.vectors_file(row, "train", "smoke", tmp_path)
     stored = read(path)
     write_atomically(stored | {"z": stored["z"] + 1}, path)
-    with pytest.raises(ValueError, match="are centroids of other vectors; delete it"):
+    with pytest.raises(ValueError, match="was made of other vectors; delete it"):
         stages.centroids(row, "smoke", folder=tmp_path)
+
+
+def test_partitions_of_other_vectors_are_refused(tmp_path):
+    row = find_row("cactus-protonets-pca-16-pixels", "glyphs")
+    first = stages.make_partitions(row, "smoke", 0, folder=tmp_path)
+    assert torch.equal(stages.make_partitions(row, "smoke", 0, folder=tmp_path), first)
+    path = stages.vectors_file(row, "train", "smoke", tmp_path)
+    stored = read(path)
+    write_atomically(stored | {"z": stored["z"].flip(0)}, path)
+    with pytest.raises(ValueError, match="was made of other vectors; delete it"):
+        stages.make_partitions(row, "smoke", 0, folder=tmp_path)
 
 
 def test_logistic_regression_that_is_not_tuned_is_standardized_by_the_training_images(tmp_path):
@@ -169,7 +180,7 @@ def test_rows_of_leo_on_small_features_are_short_or_long():
     short, long, trial = (find_row(f"leo-5shot-small{suffix}") for suffix in ("", "-long", "-search"))
     assert (short.budget("full"), long.budget("full"), trial.budget("full")) == (20_000, 100_000, 5000)
     assert short.steps["full"] == 100_000 and "patience" not in short.validation
-    assert short.training() == long.training(), "a long run may go on with a short one's weights"
+    assert short.training() == long.training(), "they differ in length alone"
     assert find_row("leo-5shot").budget("full") == 100_000
     number = next(n for n in published("leo") if n["method"] == "LEO (ours)" and n["shot"] == 5)
     assert matches(number, vars(short)) and not matches(number, vars(long))
@@ -277,7 +288,7 @@ def test_trials_differ_in_their_configuration_only(folder, tmp_path):
 def test_a_row_on_clusters_shares_its_stages(folder, tmp_path):
     row = find_row("cactus-protonets-bigan", "glyphs")
     assert [path.name for path in stages.stage_files(row, "smoke", 0, folder)] == [
-        "bigan-glyphs-smoke-partitions-clusters-k50-P2-R16-seed0.pt"
+        "bigan-glyphs-smoke-partitions-clusters-k50-P2-R16-most-seed0.pt"
     ]
     record = run_row(row, "smoke", folder=tmp_path, stages=folder)
     check_record(record)
@@ -300,7 +311,7 @@ def test_baselines_are_tuned_on_validation_tasks_and_the_tuning_is_recorded(fold
     check_record(record)
     for cell in record["cells"]:
         tried = cell["tuned"]["validation"]
-        assert tried[str(cell["tuned"]["value"])] == max(tried.values()) and len(tried) == 5
+        assert tried[str(cell["tuned"]["value"])] == max(tried.values()) and len(tried) == 7
     matching = run_row(find_row("matching-bigan", "glyphs"), "smoke", folder=tmp_path, stages=folder)
     assert "tuned" not in matching["cells"][0]
 
@@ -396,14 +407,12 @@ def test_random_and_pixel_tasks_need_no_embedding(tmp_path):
     assert file.name == "pixels-glyphs-smoke-partitions-clusters-k50-P1-R6-seed0.pt"
 
 
-def test_more_clusters_than_can_be_large_are_no_error(tmp_path, monkeypatch):
+def test_more_clusters_than_can_be_large_are_no_error(monkeypatch):
     asked = []
     monkeypatch.setattr(stages.parts, "cluster_partitions", lambda z, k, many, g, **more: asked.append(more))
-    for slug in ("cactus-protonets-bigan-k2000", "cactus-protonets-bigan-k50"):
-        row = find_row(slug, "glyphs")
-        n = len(load("glyphs", "train"))
-        write_atomically({"z": torch.zeros(n, 200)}, stages.vectors_file(row, "train", "quick", tmp_path))
-        stages._partitions(row, "quick", row.clusters, 10, row.least(), torch.Generator(), tmp_path)
+    for slug in ("curve-protonets-k2000", "curve-protonets-k50"):
+        row, z = find_row(slug, "glyphs"), torch.zeros(len(load("glyphs", "train")), 200)
+        stages._partitions(row, "quick", row.clusters, 10, row.least(), z, torch.Generator())
     assert [more["enough"] for more in asked] == [0.0, 0.8]
 
 

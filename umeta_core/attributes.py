@@ -63,5 +63,5 @@ class AttributeTasks:
             raise ValueError(f"a class has fewer than {shot} + {query} images; make the prototypes with that r")
         swap = torch.rand(tasks, 1, 1, generator=generator, device=values.device) < 0.5
         index = torch.where(swap, top.indices.flip(1), top.indices)
-        shown = self.images.images[index].float().div_(255) if self.features is None else self.features[index]
+        shown = self.images.shown(index) if self.features is None else self.features[index]
         return Episodes(shown[:, :, :shot], shown[:, :, shot:])

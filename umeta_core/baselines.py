@@ -121,7 +121,7 @@ class Ridge:
         return xq @ w - mean @ w + 1 / episodes.way
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearClassifier:
     """Multinomial logistic regression with weight decay and a free intercept (CACTUs, 4.1: `c` is tuned).
 
@@ -343,8 +343,9 @@ class ClusterMatching:
 
 
 def tune(
-    make: Callable, values: Iterable, source, *, way: int, shot: int, query: int = 5, tasks: int = 1000, seed: int = 0
-) -> tuple[object, dict]:
+    make: Callable, values: Iterable, source, *, way: int, shot: int, query: int = 5, tasks: int = 1000, seed: int = 0,
+    max_images: int = 2000,
+) -> tuple[object, dict]:  # fmt: skip
     """Choose a setting on labeled validation tasks, as the paper does for its baselines (CACTUs, 4.1).
 
     Args:
@@ -352,11 +353,12 @@ def tune(
         values: hashable candidates; all see the same tasks, and the first wins a tie. Numbers of neighbors must not
             exceed way * shot: `NearestNeighbors` refuses, rather than be compared with less than it asks for.
         source: tasks of the *validation* classes, with labels.
+        max_images: see `evaluate`.
 
     Returns:
         The best value and ``{value: mean accuracy in percent}``, to be recorded with the result.
     """
-    protocol = {"way": way, "shot": shot, "query": query, "tasks": tasks, "seed": seed}
+    protocol = {"way": way, "shot": shot, "query": query, "tasks": tasks, "seed": seed, "max_images": max_images}
     accuracies = {value: evaluate(make(value), source, **protocol).mean for value in values}
     if not accuracies:
         raise ValueError("there are no values to choose from")

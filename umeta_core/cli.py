@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -220,6 +221,7 @@ def check_device(name: str, present=True) -> None:
 def _train(arguments) -> None:
     from dataclasses import replace
 
+    from .costs import expected_seconds
     from .experiments import BASELINES, run_row, train_row
     from .rows import find_row
 
@@ -228,7 +230,13 @@ def _train(arguments) -> None:
     _prepare(arguments)
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one process tests
     if row.learner in BASELINES:
-        raise ValueError(f"{row.slug} trains nothing: umeta reproduce {row.paper} --rows {row.slug} tunes and tests it")
+        raise ValueError(_tuned_and_tested(row))
+    if arguments.steps is not None and arguments.steps > row.steps[arguments.scale]:
+        raise ValueError(f"--steps {arguments.steps}: at scale {arguments.scale} {row.slug} has "
+                         f"{row.steps[arguments.scale]:,} steps; take another --scale")  # fmt: skip
+    seconds = expected_seconds(row, arguments.scale, arguments.device)
+    if not arguments.checkpoint and (seconds or 0) > 600:
+        print(f"without --checkpoint an interruption loses all of {_duration(seconds)}", file=sys.stderr)
     old = results.record_path(row.paper, row.slug, arguments.scale, arguments.seed)
     if arguments.record and old.exists() and results.budget(results.read_record(old)) > row.budget(arguments.scale):
         raise ValueError(f"{old} is of more than {row.budget(arguments.scale):,} steps; move it away first")
@@ -236,12 +244,13 @@ def _train(arguments) -> None:
         record = run_row(row, arguments.scale, arguments.seed, arguments.device, checkpoint=arguments.checkpoint,
                          stages=_stages(row, arguments))  # fmt: skip
         _print_cells(record["cells"])
+        print(f"record: {old}")
         return
     learner, history = train_row(row, arguments.scale, arguments.seed, arguments.device, arguments.checkpoint,
                                  _stages(row, arguments))  # fmt: skip
-    steps = history.get("stopped", row.budget(arguments.scale))
-    print(f"{row.slug}: {steps:,} steps in {history['seconds']:.0f} s")
     if first:
+        steps = history.get("stopped", row.budget(arguments.scale))
+        print(f"{row.slug}: {steps:,} steps in {history['seconds']:.0f} s")
         _print_tests(row, learner, arguments)
 
 
@@ -252,11 +261,17 @@ def _evaluate(arguments) -> None:
     row = find_row(arguments.row, arguments.dataset)
     _prepare(arguments)
     if row.learner in BASELINES:
-        raise ValueError(f"{row.slug} trains nothing: umeta reproduce {row.paper} --rows {row.slug} tunes and tests it")
+        raise ValueError(_tuned_and_tested(row))
     learner, steps = trained(row, arguments.checkpoint, arguments.seed, arguments.device, arguments.scale,
                              _stages(row, arguments))  # fmt: skip
     print(f"{row.slug}: after {steps:,} steps")
     _print_tests(row, learner, arguments)
+
+
+def _tuned_and_tested(row) -> str:
+    base = row.slug.removesuffix(f"-{row.dataset.replace('_', '-')}")
+    place = f"--rows {row.slug}" if row.slug == base else f"--rows {base} --dataset {row.dataset}"
+    return f"{row.slug} trains nothing: umeta reproduce {row.paper} {place} tunes and tests it"
 
 
 def _stages(row, arguments) -> Path:
@@ -286,11 +301,27 @@ def _reproduce(arguments) -> None:
         _print_list(rows, more, results.results_folder(arguments.results))
         return
     folder = results.results_folder(arguments.results).resolve()
+    arguments.seeds = list(dict.fromkeys(arguments.seeds))
     check_device(arguments.device, present=not (arguments.dry_run or arguments.profile))
     shortened = _print_plan(arguments, rows, folder)
     if not arguments.dry_run:
+        results.check_writable(folder / arguments.paper)
         _snakemake(arguments, rows, folder, shortened)
         print(results.table_text(arguments.paper, arguments.table, arguments.dataset, True, folder))
+
+
+def _get_data(rows, arguments) -> None:
+    """Get the data before the runs, which work side by side; FileNotFoundError: it is missing and has to be brought."""
+    from .data import find, locate
+    from .stages import published_file
+
+    for row in rows:
+        stages = arguments.runs / row.paper / "stages"
+        for split in ("train", *row.splits) if row.needs_embedding or row.trained else row.splits:
+            brought = row.inputs == "embeddings" and published_file(row, split, stages).is_file()
+            name = row.dataset.removesuffix("_identity")
+            if not brought and name not in ("glyphs", "digits") and not locate(name, split):
+                find(name, split)
 
 
 def _print_list(rows, more, folder: Path) -> None:
@@ -411,14 +442,42 @@ def _snakemake(arguments, rows: list, folder: Path, again: list[Path]) -> None:
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     for name in ("UMETA_DATA", "UMETA_CACHE"):  # the runs have another working directory
-        environment |= {name: os.path.abspath(environment[name])} if environment.get(name) else {}
+        environment |= {name: os.path.abspath(os.path.expanduser(environment[name]))} if environment.get(name) else {}
     with _only_one(runs) as lock:
+        if not arguments.profile:
+            _get_data(rows, arguments)
         if arguments.force:
             _forget_trainings(rows, arguments, runs)
-        done = subprocess.run(command, env=environment, pass_fds=[lock.fileno()], check=False)
-    if done.returncode:
-        raise ValueError(f"a run failed (above); its notebook and checkpoint are in {runs / arguments.paper}. "
-                         "The same command goes on from there")
+        failed = _run_to_the_end(command, environment, lock)
+    if failed:
+        raise ValueError(f"a run failed (above); its notebook and checkpoint are in {runs / arguments.paper}. Once the "
+                         "cause is mended, the same command goes on from there")
+
+
+def _run_to_the_end(command: list[str], environment: dict, lock) -> int:
+    """The exit code of a command. An interrupt or a SIGTERM ends it with all that it has started.
+
+    Snakemake alone would leave its jobs running, and the kernel of a notebook has a session of its own.
+    """
+    import psutil  # Snakemake needs it, too
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    process = subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()], start_new_session=True)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        there = psutil.Process(process.pid)
+        for each in (there, *there.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
+        print("what was running is stopped; the same command goes on from the last checkpoints", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _forget_trainings(rows: list, arguments, runs: Path) -> None:
@@ -451,6 +510,12 @@ def _only_one(runs: Path):
 
 
 def _results(arguments) -> None:
+    if arguments.dataset is not None:
+        from .data import known
+
+        known(arguments.dataset.removesuffix("_identity"))
+    if arguments.results is not None and not arguments.results.is_dir():
+        raise FileNotFoundError(f"no folder {arguments.results}; --results is the folder of records")
     table = results.table_markdown if arguments.markdown else results.table_text
     print(table(arguments.paper, arguments.table, arguments.dataset, arguments.measured, arguments.results))
 

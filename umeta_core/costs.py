@@ -30,7 +30,7 @@ def expected_seconds(row: Row, scale: str, device="cpu", training=True) -> float
     if row.network.get("residual"):
         return None
     if row.learner in BASELINES:
-        return 20 + 0.05 * row.test_tasks[scale] * (row.learner == "mlp")
+        return 20 + {"mlp": 0.25, "linear": 0.13}.get(row.learner, 0) * row.test_tasks[scale]
     if row.learner == "leo" or row.network.get("linear"):  # one thread, 12 tasks; measured at 1 and 5 shots
         each = 0.01 if torch.device(device).type == "cuda" else 0.008 + 0.007 * row.shot
         each = each / 2 if row.network.get("linear") else each
@@ -40,7 +40,7 @@ def expected_seconds(row: Row, scale: str, device="cpu", training=True) -> float
     size = "large" if row.dataset in ("mini_imagenet", "celeba", "celeba_identity", "imagenet") else "small"
     per_step, per_way, per_image = _RATES[row.learner, torch.device(device).type, size]
     if row.inputs == "embeddings":
-        per_step, per_way, per_image = per_step / 10, per_way / 10, per_image / 10
+        per_step, per_way, per_image = per_step / 3, per_way / 3, per_image / 3
     steps = row.options.get("test_steps", 1)  # an adaptation step passes the support images only
     images = sum(way * (shot * steps + (row.test_query or 600)) for way, shot in row.tests)
     return 15 + row.budget(scale) * (per_step + per_way * row.way) + row.test_tasks[scale] * images * per_image

@@ -39,6 +39,10 @@ class ImageSet:
     def n_classes(self):
         return len(self.class_names)
 
+    def shown(self, index):
+        """The images at `index` [...] as floats in [0, 1], [..., channels, height, width], on its device."""
+        return self.images[index.to(self.images.device)].to(index.device).float().div_(255)
+
     def to(self, device):
         """The same set with its tensors on `device`, but for images that are mapped from a file."""
         images = self.images if self.mapped else self.images.to(device)
@@ -176,6 +180,25 @@ def load(name, split="train", *, path=None, size=None, protocol=None, device="cp
     return ImageSet(images, labels, class_names, superclasses, name, split, *rest, mapped=name == "imagenet").to(device)
 
 
+def from_folder(folder, size=84, gray=False):
+    """Your own images, one folder for each class with image files in it, as an ImageSet of squares of `size` pixels.
+
+    They are decoded once, into the cache folder. gray: one channel, the mean of the three; let ink be white.
+    Raises FileNotFoundError if there are no such folders, ValueError that names a file which is no image.
+    """
+    folder = Path(folder).expanduser()
+    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+    files = [file for file in sorted(folder.glob("*/*")) if file.suffix.lower() in kinds]
+    if not files:
+        raise FileNotFoundError(f"no images in {folder}: it should hold one folder for each class, with images in it")
+    names = sorted({file.parent.name for file in files})
+    number = {name: i for i, name in enumerate(names)}
+    images = torch.from_numpy(packs.decode_files(files, size, folder.name))
+    images = images.float().mean(1, keepdim=True).round().byte() if gray else images
+    labels = torch.tensor([number[file.parent.name] for file in files])
+    return ImageSet(images, labels, names, [], folder.name, "all")
+
+
 def join(sets):
     """Several splits of one data set as one ImageSet; classes are numbered on (splits of classes, not of images)."""
     if len(sets) == 1:
@@ -186,6 +209,7 @@ def join(sets):
         labels=torch.cat([s.labels + start for s, start in zip(sets, starts)]),
         class_names=[name for s in sets for name in s.class_names],
         superclasses=[name for s in sets for name in s.superclasses], split="+".join(s.split for s in sets),
+        attributes=None if first.attributes is None else torch.cat([s.attributes for s in sets]),
     )  # fmt: skip
 
 
@@ -235,8 +259,10 @@ def find(name, split="train", path=None, part="both", download=True):
     found = locate(name, split, path, part)
     failure = ""
     if found is None and download and path is None and name in readers.TORCHVISION:
-        failure = fetch(name)
-        found = locate(name, split, path, part)
+        with packs.alone(packs.cache_folder() / name):  # of several runs one downloads
+            found = locate(name, split, path, part)
+            failure = "" if found else fetch(name)
+        found = found or locate(name, split, path, part)
     if found is None:
         raise FileNotFoundError(missing(name, split, path, part, failure))
     return found

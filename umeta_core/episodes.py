@@ -16,11 +16,13 @@ class Episodes:
 
     ``support`` ``[T, N, K, C, H, W]`` and ``query`` ``[T, N, Q, C, H, W]`` are floats in [0, 1]; tasks on embeddings
     have ``[T, N, K, d]`` and ``[T, N, Q, d]``. The label of an image is its position on the N axis; since classes are
-    drawn in random order, that is a random label permutation.
+    drawn in random order, that is a random label permutation. ``first`` is the number of the first task in its test: a
+    learner that samples gives each task noise of its own by it.
     """
 
     support: Tensor
     query: Tensor
+    first: int = 0
 
     @property
     def tasks(self) -> int:
@@ -38,10 +40,10 @@ class Episodes:
         return self.tasks
 
     def __getitem__(self, tasks: slice) -> Episodes:
-        return Episodes(self.support[tasks], self.query[tasks])
+        return Episodes(self.support[tasks], self.query[tasks], self.first + (tasks.start or 0))
 
     def to(self, device) -> Episodes:
-        return Episodes(self.support.to(device), self.query.to(device))
+        return Episodes(self.support.to(device), self.query.to(device), self.first)
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Support ``[T, N*K, ...]``, its labels ``[T, N*K]``, query ``[T, N*Q, ...]``, its labels ``[T, N*Q]``."""
@@ -87,7 +89,10 @@ class PartitionTasks:
     """
 
     def __init__(self, images: ImageSet, partitions: Tensor | None = None, features: Tensor | None = None):
-        parts = images.labels if partitions is None else partitions.to(images.labels.device)
+        if images.images.dtype != torch.uint8:
+            raise ValueError(f"images are uint8, 0 to 255, not {images.images.dtype}; pass other numbers as features")
+        features = None if features is None else torch.as_tensor(features)
+        parts = images.labels if partitions is None else torch.as_tensor(partitions).to(images.labels.device)
         parts = parts.unsqueeze(0) if parts.dim() == 1 else parts
         shown = len(images) if features is None else len(features)
         for what, rows in (("partition is", parts.shape[1]), ("features are", shown)):
@@ -142,8 +147,7 @@ class PartitionTasks:
         if self.features is not None:
             x = self.features[index]
         else:
-            pixels = self.images.images  # stay in main memory, or on disk, if mapped from a file
-            x = pixels[index.to(pixels.device)].to(index.device).float().div_(255)
+            x = self.images.shown(index)
         return Episodes(x[:, :, :shot], x[:, :, shot:])
 
 

@@ -46,6 +46,7 @@ def sample_blocks(source, tasks: int, way: int, shot: int, query: int, seed: int
     generator = torch.Generator(device=device).manual_seed(seed)
     for done in range(0, tasks, _BLOCK):
         block = source.sample(_BLOCK, way, shot, query, generator)
+        block.first = done
         yield block[: tasks - done]
 
 
@@ -65,12 +66,9 @@ def evaluate(
         learner: anything with ``predict(episodes) -> logits [T, N*Q, N]``.
         max_images: how many images are handled at once; lower it if memory runs out.
     """
-    correct = []
-    with _testing(learner):
-        for episodes in _progress(sample_blocks(source, tasks, way, shot, query, seed, _device(source)), tasks):
-            logits = in_chunks(learner.predict, episodes, max_images)
-            correct.append(accuracy(logits, episodes.flat()[3]).cpu())
-    return Evaluation(torch.cat(correct), _protocol(source, way, shot, query, tasks, seed))
+    task = {"way": way, "shot": shot, "query": query, "tasks": tasks, "seed": seed}
+    (correct,) = _correct(learner, lambda e: learner.predict(e).unsqueeze(0), source, max_images, **task)
+    return Evaluation(correct, _protocol(source, **task))
 
 
 def evaluate_curve(
@@ -86,13 +84,20 @@ def evaluate_curve(
     max_images: int = 2000,
 ) -> list[Evaluation]:
     """As `evaluate`, after each number of adaptation steps in `at`, on the same tasks."""
-    correct = []
+    task = {"way": way, "shot": shot, "query": query, "tasks": tasks, "seed": seed}
+    correct = _correct(learner, lambda e: learner.predict_curve(e, at), source, max_images, **task)
+    protocol = _protocol(source, **task)
+    return [Evaluation(a, {**protocol, "steps": s}) for a, s in zip(correct, at)]
+
+
+def _correct(learner, predict, source, max_images: int, *, tasks: int, way: int, shot: int, query: int, seed: int):
+    """Accuracies ``[points, tasks]`` where `predict` gives the logits ``[points, T, N*Q, N]`` of T episodes."""
+    blocks, found = sample_blocks(source, tasks, way, shot, query, seed, _device(source)), []
     with _testing(learner):
-        for episodes in _progress(sample_blocks(source, tasks, way, shot, query, seed, _device(source)), tasks):
-            curve = in_chunks(lambda e: learner.predict_curve(e, at), episodes, max_images)
-            correct.append(torch.stack([accuracy(logits, episodes.flat()[3]).cpu() for logits in curve]))
-    protocol = _protocol(source, way, shot, query, tasks, seed)
-    return [Evaluation(a, {**protocol, "steps": s}) for a, s in zip(torch.cat(correct, 1), at)]
+        for episodes in _progress(blocks, tasks):
+            points = in_chunks(predict, episodes, max_images)
+            found.append(torch.stack([accuracy(logits, episodes.flat()[3]).cpu() for logits in points]))
+    return torch.cat(found, 1)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from .meta_gmvae import FeatureDecoder, ImageDecoder, ImageEncoder, MetaGMVAE, U
 from .networks import MLP, Conv4, LinearHead
 from .packs import alone
 from .protonets import ProtoNet
-from .results import REPOSITORY, SCALES, provenance, results_folder, write_record
+from .results import REPOSITORY, SCALES, check_writable, provenance, results_folder, write_record
 from .rows import Row, embedding_plan
 from .snapshots import select, selected, snapshots_of
 from .stages import (
@@ -172,7 +172,9 @@ def train_row(row: Row, scale: str, seed: int, device="cpu", checkpoint=None, st
     early = early_stopping(row, scale, seed, device, stages) if row.validation else {}
     if row.training_of:
         return learner, _shared_training(learner, row, scale, seed, device, checkpoint, stages, **early)
-    return learner, _train(learner, row, scale, seed, device, checkpoint, stages, **early)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # under torchrun: processes of one run
+    with alone(checkpoint) if checkpoint and not several else contextlib.nullcontext():
+        return learner, _train(learner, row, scale, seed, device, checkpoint, stages, **early)
 
 
 def _train(learner, row: Row, scale: str, seed: int, device, checkpoint, stages, **during) -> dict:
@@ -299,7 +301,7 @@ def measure_baseline(row: Row, scale: str, seed: int, device="cpu", stages=None)
         if values:
             valid = testing_tasks(row, scale, "val", device, stages)
             few = {"tasks": min(200, task["tasks"]), "query": min(task["query"], _queries(row, shot, valid))}
-            best, tried = tune(make, values, valid, seed=seed + 1, **(task | few))
+            best, tried = tune(make, values, valid, seed=seed + 1, max_images=_at_once(valid), **(task | few))
             more = {"tuned": {"value": best, "validation": {str(v): round(a, 3) for v, a in tried.items()}}}
         else:
             best, more = None, {}
@@ -364,6 +366,9 @@ def run_row(
     """
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; scales: {', '.join(SCALES)}")
+    check_writable(results_folder(folder) / row.paper)
+    if checkpoint:
+        check_writable(Path(checkpoint).parent)
     origin = provenance(device)  # before the run: the code that is about to be executed
     row = row.configuration(seed)
     if row.learner in BASELINES:

@@ -14,8 +14,8 @@ factors to TF32; ``torch.backends.cudnn.allow_tf32 = False`` forbids it.)
    hence the gradient through plain SGD steps, out of forward-type kernels only.
 
 The same block is an ``autograd.Function`` (`conv_block`) whose second derivative is made of the same two
-methods, for everything that wants ordinary autograd. The readable references live in `networks.Conv4` and
-`maml.adapt`; tests hold the two equal in float64.
+methods, for everything that wants ordinary autograd. Tests hold it equal in float64 to PyTorch's own layers, and the
+meta-gradient to `maml.adapt` under automatic differentiation.
 """
 
 from __future__ import annotations

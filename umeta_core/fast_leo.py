@@ -8,7 +8,7 @@ after dropout, one latent step is (all gradients of the support loss summed over
     g_c = g D_mu' / C + (g kappa_c) D_s'                the gradient for z_c,   kappa_c = dw/ds_c
     z_c <- z_c - rate g_c
 
-`reference` is the readable form: `leo.LEO.adapt` under automatic differentiation.
+`leo.LEO.loss_reference` is the readable form: `leo.LEO.adapt` under automatic differentiation.
 """
 
 from __future__ import annotations

@@ -393,13 +393,16 @@ class ToPixels(nn.Conv2d):
     """A convolution to very few channels, with an odd kernel and zero padding.
 
     Written as a matrix product that computes what each pixel adds to each of its neighbors, and a sum of those: half
-    the time of a convolution on a CPU, whose kernels are made for many channels.
+    the time of a convolution on a CPU, whose kernels are made for many channels. On a GPU it is the convolution: there
+    the derivative of that sum would launch a kernel for each image.
     """
 
     def __init__(self, maps: int, channels: int, kernel: int):
         super().__init__(maps, channels, kernel, padding=kernel // 2)
 
     def forward(self, h: Tensor) -> Tensor:
+        if h.is_cuda:
+            return super().forward(h)
         n, maps, height, width = h.shape
         taps = self.weight.flip(2, 3).permute(0, 2, 3, 1).reshape(-1, maps)
         parts = F.linear(h.permute(0, 2, 3, 1).reshape(n, -1, maps), taps)  # [n, pixels, channels * taps]

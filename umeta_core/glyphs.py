@@ -99,9 +99,12 @@ def glyphs(cache_dir: str | os.PathLike, seed: int = 0, progress: bool = True) -
         data = make_glyphs(seed, progress=progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with open(part, "wb") as file:
-            np.savez(file, **data)
-        os.replace(part, path)
+        try:
+            with open(part, "wb") as file:
+                np.savez(file, **data)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     if seed == 0 and content_hash(data) != CONTENT_SHA256:
         warnings.warn(
             "the glyphs differ from the reference ones: other fonts in this matplotlib, or other rounding; "

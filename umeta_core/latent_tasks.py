@@ -189,8 +189,7 @@ class LatentTasks:
         return F.normalize(z, dim=-1) if self.switches["sphere"] else z
 
     def _pixels(self, index: Tensor) -> Tensor:
-        pixels = self.images.images
-        return pixels[index.to(pixels.device)].to(index.device).float().div_(255)
+        return self.images.shown(index)
 
     @torch.no_grad()
     def _make(self, tasks: int, way: int, shot: int, query: int, generator: torch.Generator) -> Episodes:

@@ -21,7 +21,7 @@ from .training import noise_of_call
 
 LOG_2PI = math.log(2 * math.pi)
 CACHE = 1 << 18  # numbers of a map that are handled at a time on a CPU
-MEMORY = 1 << 26  # numbers in the samples of the sets that the inductive test handles at a time (256 MiB of float32)
+MEMORY = 1 << 26  # numbers in the samples of sets that an inductive test handles at a time; EM needs several times that
 
 
 class UnlabeledSets:
@@ -46,8 +46,7 @@ class UnlabeledSets:
         if self.features is not None:
             x = self.features[index]
         else:
-            pixels = self.images.images
-            x = pixels[index.to(pixels.device)].to(device).float().div_(255)
+            x = self.images.shown(index)
         return Episodes(x[:, :, :shot], x[:, :, shot:])
 
 
@@ -206,9 +205,12 @@ class ImageDecoder(nn.Module):
     def logits(self, z: Tensor) -> Tensor:
         """Logits of the pixels, ``[n, C, H, W]``, of latents ``[n, d]``.
 
-        The last transposed convolution is a matrix product and a sum of overlaps: few channels suit no kernel.
+        On a CPU the last transposed convolution is a matrix product and a sum of overlaps: few channels suit no kernel.
+        On a GPU the derivative of that sum would launch a kernel for each image.
         """
         h = self.blocks(self.mlp(z).unflatten(1, self.shape))
+        if h.is_cuda:
+            return F.conv_transpose2d(h, self.weight, self.bias, 2, 1)
         parts = h.permute(0, 2, 3, 1).flatten(1, 2) @ self.weight.flatten(1)  # [n, pixels, channels * 16]
         size = [2 * side for side in h.shape[2:]]
         return F.fold(parts.transpose(1, 2), size, 4, stride=2, padding=1) + self.bias.view(-1, 1, 1)
@@ -228,8 +230,8 @@ class FeatureDecoder(nn.Sequential):
     """Latents to features, which end in a ReLU themselves (paper, Table 8): ``[n, d]`` to ``[n, features]``.
 
     Args:
-        calibrated: the Gaussian's variance is the mean squared error of the batch (paper, App. B.2, after Rybkin et al.
-            2020); False: the log-likelihood is minus the sum of squared errors (reference code).
+        calibrated: the Gaussian's variance is the mean squared error of what is decoded at a time (paper, App. B.2,
+            after Rybkin et al. 2020); False: the log-likelihood is minus the sum of squared errors (reference code).
     """
 
     def __init__(self, features=256, latent=64, *, calibrated=False, generator: torch.Generator | None = None):
@@ -288,7 +290,7 @@ class MetaGMVAE(nn.Module):
         reduce: the objective is a "mean" over the images of a set (reference code) or the "sum" of equation 9.
         weight_decay: L2, on all parameters, as Adam has it (reference code: 1e-6 on Omniglot, 5e-2 on mini-ImageNet).
         chunk: images decoded at a time, about: whole samples of the batch, which share batch statistics.
-        seed: of sampling. At test time the noise is the same for all episodes and calls.
+        seed: of sampling. At test time each task has noise of its own, the same in every call and reading.
         generator: source of the initial weights.
 
     Raises:
@@ -361,7 +363,8 @@ class MetaGMVAE(nn.Module):
     def loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Minus the objective (eq. 9) ``[T]``, on all images of an episode as one set without labels.
 
-        The second value, accuracy elsewhere, is 0: there are no labels. (eq-gmvae-objective)
+        L2 is in it, too, where there is any. The second value, accuracy elsewhere, is 0: there are no labels.
+        (eq-gmvae-objective)
         """
         xs, _, xq, _ = episodes.flat()
         x = torch.cat([xs, xq], 1)
@@ -415,49 +418,49 @@ class MetaGMVAE(nn.Module):
         was = self.training
         self.eval()
         xs, y, xq, _ = episodes.flat()
-        support, query = self.features(torch.cat([xs, xq], 1)).split([xs.shape[1], xq.shape[1]], 1)
-        if self.inference == "transductive":
-            logits = self.classify(support, y, query, episodes.way)
-        else:
-            logits = self._classify_alone(support, y, query, episodes.way)
+        h = self.features(torch.cat([xs, xq], 1))
+        support, query = h.split([xs.shape[1], xq.shape[1]], 1)
+        classify = self.classify if self.inference == "transductive" else self._classify_alone
+        logits = classify(support, y, query, episodes.way, self.test_noise(h, episodes.first))
         self.train(was)
         return logits
 
-    def classify(self, support: Tensor, y: Tensor, query: Tensor, way: int) -> Tensor:
+    def classify(self, support: Tensor, y: Tensor, query: Tensor, way: int, epsilon: Tensor | None = None) -> Tensor:
         """log of the mean of p(y | z) over a query's samples, ``[S, q, K]`` (eq. 11).
 
-        Features of support ``[S, m, features]``, labels ``[S, m]`` and queries ``[S, q, features]`` are S sets.
-        (eq-gmvae-predict)
+        Features of support ``[S, m, features]``, labels ``[S, m]`` and queries ``[S, q, features]`` are S sets;
+        `epsilon` is their noise (None: that of the first tasks of a test). (eq-gmvae-predict)
         """
-        mixture, _, z = self.adapt(support, y, query, way)
+        mixture, _, z = self.adapt(support, y, query, way, epsilon)
         log_p = mixture.log_joint(z).log_softmax(2).unflatten(1, (-1, self.test_samples))
         return log_p.logsumexp(2) - math.log(self.test_samples)
 
-    def adapt(self, support: Tensor, y: Tensor, query: Tensor, way: int) -> tuple[Mixture, Tensor, Tensor]:
+    def adapt(
+        self, support: Tensor, y: Tensor, query: Tensor, way: int, epsilon: Tensor | None = None
+    ) -> tuple[Mixture, Tensor, Tensor]:
         """The mixture of one component for each class (eq. 10) and the samples of support and queries it is fitted to.
 
         Shapes as in `classify`; the samples of one image follow one another: ``[S, m*N, d]`` and ``[S, q*N, d]``.
         (eq-gmvae-semi)
         """
-        m = support.shape[1]
-        mean, log_variance = (s.unsqueeze(2) for s in self.posterior(torch.cat([support, query], 1)))
-        noise = torch.Generator(mean.device).manual_seed(self.seed)
-        shape = (mean.shape[1], self.test_samples, self.latent)
-        z = mean + (log_variance / 2).exp() * torch.randn(shape, generator=noise, device=mean.device, dtype=mean.dtype)
+        m, h = support.shape[1], torch.cat([support, query], 1)
+        mean, log_variance = (s.unsqueeze(2) for s in self.posterior(h))
+        z = mean + (log_variance / 2).exp() * (self.test_noise(h) if epsilon is None else epsilon)
         x, z = z[:, :m].flatten(1, 2), z[:, m:].flatten(1, 2)
         y = y.repeat_interleave(self.test_samples, 1)
         mixture = em(z, labeled_start(x, y, way), self.iterations, labeled=(x, y), covariance=self.covariance,
                      e_step=self.e_step, learn_weights=False)  # fmt: skip
         return mixture, x, z
 
-    def _classify_alone(self, support: Tensor, y: Tensor, query: Tensor, way: int) -> Tensor:
-        """`classify` with one set for each query, some sets at a time."""
+    def _classify_alone(self, support: Tensor, y: Tensor, query: Tensor, way: int, epsilon: Tensor) -> Tensor:
+        """`classify` with one set for each query, some sets at a time; an image has the noise that it has there."""
         tasks, m, q = *support.shape[:2], query.shape[1]
         size = max(1, MEMORY // ((m + 1) * self.test_samples * self.latent))
         logits = []
         for part in torch.arange(tasks * q, device=y.device).split(size):
-            t = part // q
-            logits.append(self.classify(support[t], y[t], query[t, part % q].unsqueeze(1), way))
+            t, i = part // q, part % q
+            noise = torch.cat([epsilon[t, :m], epsilon[t, m + i].unsqueeze(1)], 1)
+            logits.append(self.classify(support[t], y[t], query[t, i].unsqueeze(1), way, noise))
         return torch.cat(logits).view(tasks, q, way)
 
     # Noise -----------------------------------------------------------------------------------------------------------
@@ -466,6 +469,15 @@ class MetaGMVAE(nn.Module):
         """A new generator for each call of `loss`, on the device of `like`; each process of several has its own."""
         self.draws += 1
         return noise_of_call(like.device, self.seed, self.draws)
+
+    def test_noise(self, h: Tensor, first=0) -> Tensor:
+        """Standard Gaussian noise ``[T, M, N, d]`` for features ``[T, M, features]`` of tasks number `first` and on.
+
+        It depends on a task's number alone: were it the same for all tasks, no interval over tasks would contain it.
+        """
+        shape = (h.shape[1], self.test_samples, self.latent)
+        noise = (noise_of_call(h.device, self.seed, number) for number in range(first, first + len(h)))
+        return torch.stack([torch.randn(shape, generator=g, device=h.device, dtype=h.dtype) for g in noise])
 
     def get_extra_state(self) -> dict:
         return {"draws": self.draws}

@@ -31,18 +31,25 @@ def cache_folder():
     return Path(platformdirs.user_cache_dir("umeta"))
 
 
+def _make_folder(folder):
+    """Make a folder, unless it is there; OSError says which and what to do."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        hint = " with UMETA_CACHE" if cache_folder() in (folder, *folder.parents) else ""
+        raise OSError(f"cannot write to {folder} ({error.strerror}): choose another folder{hint}") from None
+
+
 @contextmanager
 def atomic(path):
     """Yield a temporary path beside `path` that takes its name at the end; after an error nothing is left behind."""
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to {path.parent} ({error.strerror}): choose another folder; UMETA_CACHE names the "
-                      "one for data") from None  # fmt: skip
+    _make_folder(path.parent)
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave an empty file under the name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -58,7 +65,7 @@ def alone(path):
         return
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         lock = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115
     except OSError:
         if not path.exists():
@@ -121,7 +128,8 @@ def cached_array(label, sources, shape, fill):
     """Memory-mapped uint8 array of `shape`, filled once by `fill(array)` and kept in the cache folder.
 
     The file's name carries the names, sizes and modification times of the files `sources`, so a changed source is
-    decoded anew. The map is copy-on-write: the file never changes, and only the pages that are read occupy memory.
+    decoded anew. The map is copy-on-write, or read-only if it is larger than memory: the file never changes, and only
+    the pages that are read occupy memory.
     """
     stamp = hashlib.sha256(repr(tuple(shape)).encode())
     for source in sources:
@@ -129,17 +137,26 @@ def cached_array(label, sources, shape, fill):
         stamp.update(f"{Path(source).name}/{status.st_size}/{status.st_mtime_ns};".encode())
     path = cache_folder() / "arrays" / f"{label}-{stamp.hexdigest()[:16]}.npy"
     if not path.exists():
-        with atomic(path) as temporary:
-            # A memory map on a full disk ends in a bus error, not an exception: look first.
-            needed, free = int(np.prod(shape)), shutil.disk_usage(temporary.parent).free
-            if free < needed:
-                raise OSError(f"{path.parent} has {free >> 20} MB free, {label} needs {needed >> 20} MB: "
-                              "choose another folder with UMETA_CACHE")
-            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=tuple(shape))
-            fill(array)
-            array.flush()
-            del array
-    return np.load(path, mmap_mode="c")
+        with alone(path):  # of several runs one decodes
+            if not path.exists():
+                _fill_array(path, label, shape, fill)
+    try:
+        return np.load(path, mmap_mode="c")
+    except OSError:  # Linux refuses a copy-on-write map that is larger than memory
+        return np.load(path, mmap_mode="r")
+
+
+def _fill_array(path, label, shape, fill):
+    with atomic(path) as temporary:
+        # A memory map on a full disk ends in a bus error, not an exception: look first.
+        needed, free = int(np.prod(shape)), shutil.disk_usage(temporary.parent).free
+        if free < needed:
+            raise OSError(f"{path.parent} has {free >> 20} MB free, {label} needs {needed >> 20} MB: "
+                          "choose another folder with UMETA_CACHE")
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=tuple(shape))
+        fill(array)
+        array.flush()
+        del array
 
 
 def progress(iterable, total, what):

@@ -141,7 +141,7 @@ def part_of_imagenet(name, places):
 def tiered_pickles(folder, split):
     """(images, labels, class names) of one split of the authors' tieredImageNet: a list of PNGs, a dict of labels.
 
-    The list is held in memory while it is decoded, the first time (7 GB to train on).
+    The list is held in memory while it is read and decoded, the first time (7 GB to train on, twice that at the peak).
     """
     from .pickles import read_pickle
 

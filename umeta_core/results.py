@@ -15,11 +15,11 @@ import platform
 import re
 import statistics
 import subprocess
-import sysconfig
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-INSTALLED = Path(sysconfig.get_path("data")) / "share" / "umeta" / "results"  # the copy that comes with the package
+# The copy that comes with the package: under the prefix that it was installed with, be it --user or --prefix.
+INSTALLED = next(iter(Path(__file__).resolve().parents[4:5]), Path()) / "share" / "umeta" / "results"
 RECORDS_URL = "https://github.com/umeta-book/umeta/blob/main/results"
 VERDICTS = ("reproduced", "higher", "lower", "reduced budget", "not run", "no published number")
 TOLERANCE = 1.5  # percentage points: a difference this small is called reproduced whatever the intervals say
@@ -44,9 +44,9 @@ SCALES = ("smoke", "quick", "full")
 def results_folder(folder=None) -> Path:
     """The records: the argument, ``$UMETA_RESULTS``, the repository's folder, the installed copy, or ``./results``."""
     if folder is not None:
-        return Path(folder)
+        return Path(folder).expanduser()
     if os.environ.get("UMETA_RESULTS"):
-        return Path(os.environ["UMETA_RESULTS"])
+        return Path(os.environ["UMETA_RESULTS"]).expanduser()
     return next((own for own in (REPOSITORY / "results", INSTALLED) if own.is_dir()), Path("results"))
 
 
@@ -61,13 +61,14 @@ def published(paper: str, folder=None) -> list[dict]:
 
     Raises FileNotFoundError, naming the papers there are, when there is no such file.
     """
-    for root in (results_folder(folder), REPOSITORY / "results", INSTALLED):
+    roots = (results_folder(folder), REPOSITORY / "results", INSTALLED)
+    for root in roots:
         path = root / "paper" / f"{paper}.csv"
         if path.is_file():
             with open(path, newline="", encoding="utf-8") as file:
                 return [_typed(row) for row in csv.DictReader(file)]
-    own = results_folder() / "paper"
-    known = sorted(path.stem for path in own.glob("*.csv") if "hparams" not in path.stem)
+    files = (path for root in roots for path in (root / "paper").glob("*.csv"))
+    known = sorted({path.stem for path in files if "hparams" not in path.stem})
     hint = f"known papers: {', '.join(known)}" if known else "run in a clone of the repository, or set UMETA_RESULTS"
     raise FileNotFoundError(f"no published numbers for {paper!r}; {hint}")
 
@@ -116,6 +117,17 @@ def record_path(paper: str, row: str, scale: str, seed: int, folder=None) -> Pat
     return results_folder(folder) / paper / f"{row}-{scale}-seed{seed}.json"
 
 
+def check_writable(folder) -> None:
+    """Raise OSError, before any work is done, if no file can be written to the folder, which is made if need be."""
+    probe = Path(folder) / f".{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}); choose another folder") from None
+
+
 def write_record(record: dict, folder=None) -> Path:
     """Check ``record``, write it in one step (a reader never sees half a file), and return its path."""
     check_record(record)
@@ -148,7 +160,10 @@ def read_records(paper: str, folder=None) -> list[dict]:
 
 
 def provenance(device="cpu") -> dict:
-    """Where a number came from: commit, whether the code differed from it, versions, device name, time (UTC)."""
+    """Where a number came from: commit, whether the code differed from it, versions, device name, time (UTC).
+
+    A preloaded library, which may replace PyTorch's matrix products, is named, too.
+    """
     import numpy
     import torch
 
@@ -160,8 +175,13 @@ def provenance(device="cpu") -> dict:
         "dirty": bool(changes) or commit is None,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
         "device": device_name(device),
+        **({"preloaded": preloaded} if (preloaded := _preloaded()) else {}),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _preloaded() -> list[str]:
+    return [Path(library).name for library in re.split(r"[:\s]+", os.environ.get("LD_PRELOAD", "")) if library]
 
 
 def _git(*arguments):

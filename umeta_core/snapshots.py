@@ -64,14 +64,19 @@ def select(
             done |= {"values": sorted(values.items()), "seconds": done["seconds"] + time.perf_counter() - started}
             with atomic(_values_file(folder, row)) as partial:
                 partial.write_text(json.dumps(done))
-    learner.load_state_dict(_weights(folder, max(due, key=values.get)))
+    done["chosen"] = max(due, key=values.get)
+    with atomic(_values_file(folder, row)) as partial:
+        partial.write_text(json.dumps(done))
+    learner.load_state_dict(_weights(folder, done["chosen"]))
     return {"validation": [[step, values[step]] for step in due], "validation_seconds": done["seconds"]}
 
 
 def selected(folder, row: str) -> dict | None:
-    """The weights that a row has rated highest so far; None: it has not validated any."""
-    values = dict(_validated(folder, row).get("values", []))
-    return _weights(folder, max(values, key=values.get)) if values else None
+    """The weights that a row has chosen, or has rated highest so far; None: it has not validated any."""
+    done = _validated(folder, row)
+    values = dict(done.get("values", []))
+    chosen = done.get("chosen", max(values, key=values.get, default=None))
+    return None if chosen is None else _weights(folder, chosen)
 
 
 def _validated(folder, row: str) -> dict:

@@ -113,6 +113,7 @@ def partitions_file(row: Row, scale: str, seed: int, folder=None) -> Path:
     margin = "" if row.margin is None else f"-m{row.margin:g}"
     margin += f"-N{row.way}" if row.source == "hyperplanes" else ""  # which keeps cells enough for the way
     settings = f"{row.source.replace('mixed', 'clusters')}-k{clusters(row, scale)}-P{row.stack(scale)}-R{row.least()}"
+    margin += "-most" if _most_sizable(row) else ""
     return Path(f"{stem(row, scale, folder)}-partitions-{settings}{margin}-seed{seed}.pt")
 
 
@@ -190,16 +191,19 @@ def fit_embedding(row: Row, scale: str, device="cpu", folder=None, progress=True
     if plan.kind == "file":
         raise FileNotFoundError(wanted_vectors(row, scale, folder))
     path = fit_file(row, scale, folder)
-    data = images_of(row, "train", device)
+    data = images_of(row, "train")
     model = build_embedding(plan, *data.images.shape[1:3], path=path).to(device)
     model.options = embedding_plan(plan.weights_of, row.dataset).options if plan.weights_of else plan.options
     every = max(1, len(data) // 2000) if scale == "smoke" else 1
     labels = {"labels": data.labels[::every]} if plan.kind == "supervised" else {}
     budget = {"epochs": plan.epochs[scale], "batch": plan.batch}
     with alone(path):
-        if path.is_file() and shared_fits.is_shared(state := read(path)):
+        state = read(path) if path.is_file() else {}
+        if shared_fits.is_shared(state):
             return shared_fits.restore(model, state, path, options=model.options, **budget)
-        model.fit(data.images[::every], checkpoint=path, progress=progress, **budget, **labels)
+        home = "cpu" if state.get("epoch", 0) >= budget["epochs"] else device  # a finished fit is only read
+        labels = {name: value.to(home) for name, value in labels.items()}
+        model.fit(data.images[::every].to(home), checkpoint=path, progress=progress, **budget, **labels)
     return model
 
 
@@ -235,7 +239,7 @@ def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tens
     Raises ValueError if the file is of other images or settings, of another width, or no vectors at all.
     """
     settings = {"epochs": row.plan.epochs[scale], "batch": row.plan.batch, "options": row.plan.options}
-    path, images = vectors_file(row, split, scale, folder), images_of(row, split, device)
+    path, images = vectors_file(row, split, scale, folder), images_of(row, split)
     if path.exists():
         stored = _stored_vectors(path, row)
         if len(stored["z"]) != len(images):
@@ -244,10 +248,10 @@ def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tens
         _check_images(path, stored, images)
         if stored.get("settings", settings) != settings:
             raise ValueError(f"{path} is of an embedding with {stored['settings']}, the row has {settings}; delete it, "
-                             "and the fit, to make them again")  # fmt: skip
+                             "the fit, and partitions and centroids of it, to make them again")  # fmt: skip
         return stored["z"].to(device)
     model = fit_embedding(row, scale, device, folder)
-    z = model.embed(images.images)
+    z = model.embed(images.images.to(device))
     if row.plan.whiten:
         basis = z if split == "train" else model.embed(images_of(row, "train", device).images)
         mean, matrix = pca_whitening(basis, model.d)
@@ -352,40 +356,57 @@ def _check_classes(row: Row, source, names: dict[str, list[str]]) -> None:
 def make_partitions(row: Row, scale: str, seed: int, device="cpu", folder=None) -> Tensor:
     """The row's partitions ``[P, n]`` of the training images, -1 = left out, from their file if it exists.
 
-    Raises ValueError if the file is of other images, or holds no partitions.
+    Raises ValueError if the file is of other images or vectors, or holds no partitions.
     """
     k, many, least = clusters(row, scale), row.stack(scale), row.least()
     path = partitions_file(row, scale, seed, folder)
     generator = torch.Generator(device=device).manual_seed(seed)
     if row.source == "random":
         return parts.random_partitions(len(images_of(row, "train", device)), k, many, generator)
+    clustered = row.embedding != "pixels" and (not path.exists() or vectors_file(row, "train", scale, folder).exists())
+    z = vectors(row, "train", scale, device, folder) if clustered else None
+    mark = {} if z is None else {"vectors": _mark(z)}
     with alone(path):
         if not path.exists():
-            made = _partitions(row, scale, k, many, least, generator, folder).cpu()
-            write_atomically({"partitions": made, "images": fingerprint(images_of(row, "train"))}, path)
+            made = _partitions(row, scale, k, many, least, z, generator).cpu()
+            write_atomically({"partitions": made, "images": fingerprint(images_of(row, "train")), **mark}, path)
     stored = read(path)
     if "partitions" not in stored:
         raise ValueError(f"{path} holds no partitions; delete it to cluster again")
     if "images" in stored:
         _check_images(path, stored, images_of(row, "train"))
+    _check_vectors(path, stored, mark)
     return stored["partitions"].to(device)
 
 
-def _partitions(row: Row, scale: str, k: int, many: int, least: int, generator, folder) -> Tensor:
-    device = generator.device
+def _mark(z: Tensor) -> str:
+    """A checksum of vectors, for the files that are made of them."""
+    return hashlib.sha256(z.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _check_vectors(path: Path, stored: dict, mark: dict) -> None:
+    """ValueError if the file was made of other vectors; an older file, which does not say, passes."""
+    if mark and stored.get("vectors", mark["vectors"]) != mark["vectors"]:
+        raise ValueError(f"{path} was made of other vectors; delete it to cluster again")
+
+
+def _partitions(row: Row, scale: str, k: int, many: int, least: int, z: Tensor | None, generator) -> Tensor:
     size = dict(least=least, way=row.way)
     if row.source == "hyperplanes":
-        z = vectors(row, "train", scale, device, folder)
         return parts.hyperplane_partitions(z, partitions=many, generator=generator, margin=row.margin,
                                            spread=spread(row), **size)  # fmt: skip
     if row.embedding == "pixels":
-        z = parts.zca(images_of(row, "train", device).images)
+        z = parts.zca(images_of(row, "train", generator.device).images)
         return parts.cluster_partitions(z, k, many, generator, enough=0.0, restarts=1, **size)
-    z = vectors(row, "train", scale, device, folder)
-    rule = dict(enough=0.8, sizable=least, restarts=3 if many > 1 else None) if row.learner == "protonets" else {}
-    impossible = k * least > len(z)  # so many clusters cannot have R images each: those that do are used
-    rule = dict(enough=0.0) if scale == "smoke" else rule | {"enough": 0.0} if impossible else rule
+    rule = dict(enough=0.8, sizable=least, restarts=3 if many > 1 else None) if _most_sizable(row) else {}
+    small = 2 * k * least > len(z)  # clusters are too small for the rule on average: those with R images are used
+    rule = dict(enough=0.0) if scale == "smoke" else rule | {"enough": 0.0} if small else rule
     return parts.cluster_partitions(z, k, many, generator, **rule, **size)
+
+
+def _most_sizable(row: Row) -> bool:
+    """Whether 80 % of the clusters have to be large enough (prototypical networks; reference code)."""
+    return row.learner == "protonets" and row.source in ("clusters", "mixed") and row.embedding != "pixels"
 
 
 def spread(row: Row) -> float:
@@ -401,13 +422,12 @@ def centroids(row: Row, scale: str, device="cpu", folder=None) -> Tensor:
     k = clusters(row, scale)
     path = Path(f"{stem(row, scale, folder)}-centroids-k{k}.pt")
     z = vectors(row, "train", scale, device, folder)
-    mark = hashlib.sha256(z.cpu().numpy().tobytes()).hexdigest()[:16]
+    mark = {"vectors": _mark(z)}
     with alone(path):
         if not path.exists():
             restarts = 10 if scale == "full" else 1
             made = parts.kmeans(z, k, torch.Generator(device=device).manual_seed(0), restarts=restarts).centroids
-            write_atomically({"centroids": made.cpu(), "vectors": mark}, path)
+            write_atomically({"centroids": made.cpu(), **mark}, path)
     stored = read(path)
-    if stored.get("vectors", mark) != mark:
-        raise ValueError(f"{path} are centroids of other vectors; delete it to cluster again")
+    _check_vectors(path, stored, mark)
     return stored["centroids"].to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import os
@@ -114,8 +115,10 @@ def train(
         if logged:
             report.show()
         if validate and validate_every and run.step % validate_every == 0:
+            run.check()
             run.validate(validate, keep_best)
         if snapshots and run.rank == 0 and (run.step % validate_every == 0 or run.step == steps):
+            run.check()
             take(learner, snapshots, run.step)
         if checkpoint and (time.monotonic() - saved > save_every or run.step == steps or run.is_stale(patience)):
             run.save()
@@ -235,9 +238,8 @@ class _Run:
         for key, value in zip(("step", "loss", "accuracy"), (self.step, *mean.tolist())):
             self.history[key].append(value)
 
-    def save(self) -> None:
-        if self.rank != 0:
-            return
+    def check(self) -> None:
+        """Nothing that is not finite may be kept, validated or written. NonFiniteLoss: the loss or a weight is not."""
         if self.recent and self.prepare is None:
             self._check(torch.stack(self.recent).mean(0))
         if not torch.stack([p.detach().isfinite().all() for p in self.params]).all():
@@ -245,6 +247,11 @@ class _Run:
                 f"a weight is not finite at step {self.step}, though the loss is; the last checkpoint, "
                 f"{self.checkpoint}, is from before. Lower the learning rates or clip the gradient."
             )
+
+    def save(self) -> None:
+        if self.rank != 0:
+            return
+        self.check()
         state = {
             "step": self.step,
             "learner": self.learner.state_dict(),
@@ -357,7 +364,10 @@ def _processes(device) -> tuple[int, int]:
     import torch.distributed as dist
 
     if not dist.is_initialized():
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
 

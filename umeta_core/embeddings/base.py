@@ -15,7 +15,7 @@ from ..training import NonFiniteLoss
 
 
 class Embedding(nn.Module):
-    """A map from images to vectors of `d` numbers that is learned without labels.
+    """A map from images to vectors of `d` numbers, learned without labels (two controls aside: `Supervised`, `VGG19`).
 
     A trained embedding defines ``encode``, ``optimizers`` and ``step``; one with a closed form overrides `fit`.
     """
@@ -155,6 +155,9 @@ class _Fitting:
     def save(self) -> None:
         if self.order is not None:
             self._check()
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise NonFiniteLoss(f"a weight is not finite after {self.done:.1f} epochs, though the losses are; the last "
+                                f"checkpoint, {self.checkpoint}, is from before. Lower the learning rate.")  # fmt: skip
         state = {
             "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.model.opt],
             "generator": self.generator.get_state(), "epoch": self.epoch, "at": self.at, "order": self.order,

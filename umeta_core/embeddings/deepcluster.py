@@ -185,7 +185,7 @@ class DeepCluster(Embedding):
         history = super().fit(images, epochs=epochs, batch=batch, checkpoint=checkpoint, **rest)
         if self.final:  # a finished fit was read
             return history
-        self._whitened(images)
+        self._whitened(images.to(self.mean.device))
         self.final = True
         if checkpoint and Path(checkpoint).exists():
             write_atomically({**read(checkpoint), "model": self.state_dict()}, checkpoint)
@@ -277,8 +277,12 @@ def pca_whitening(z: Tensor, d: int) -> tuple[Tensor, Tensor]:
     no variance, below a millionth of the largest, stay small instead of becoming noise of variance 1.
 
     Raises:
-        ValueError: not more images than d.
+        ValueError: not more images than d, or a feature that is not finite.
     """
+    if not torch.isfinite(z).all():
+        broken = int((~torch.isfinite(z)).any(1).sum())
+        raise ValueError(f"{broken} of {len(z)} embeddings are not finite: the fit diverged; make it again with a "
+                         "lower learning rate")
     if len(z) <= d:
         raise ValueError(f"PCA to {d} dimensions needs more than {d} images; got {len(z)}")
     mean = z.mean(0)

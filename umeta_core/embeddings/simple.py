@@ -5,11 +5,15 @@ Neither is in CACTUs. What an embedding does not do better than these it has not
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from ..networks import Conv4
 from .base import Embedding
+
+_DONE = {"epoch": [], "seconds": 0.0}  # the history of a fit without epochs
 
 
 class PCAPixels(Embedding):
@@ -25,7 +29,13 @@ class PCAPixels(Embedding):
         self.register_buffer("projection", torch.zeros(pixels, d))
 
     def fit(self, images: Tensor, *, epochs=1, seed=0, checkpoint=None, progress=True, **ignored) -> dict:
-        """Closed form, on at most 50,000 of the uint8 images ``[n, C, H, W]``; `epochs` plays no role."""
+        """Closed form, on at most 50,000 of the uint8 images ``[n, C, H, W]``; `epochs` plays no role.
+
+        A `checkpoint` that exists is read instead.
+        """
+        if checkpoint and Path(checkpoint).is_file():
+            self.restore(checkpoint)
+            return dict(_DONE)
         generator = torch.Generator(device=images.device).manual_seed(seed)
         some = torch.randperm(len(images), generator=generator, device=images.device)[:50_000]
         if len(some) <= self.d:
@@ -38,7 +48,7 @@ class PCAPixels(Embedding):
         self.projection = vectors / values.sqrt()
         if checkpoint:
             self.save(checkpoint)
-        return {"epoch": [], "seconds": 0.0}
+        return dict(_DONE)
 
     def encode(self, x: Tensor) -> Tensor:
         return (x.flatten(1) - self.mean) @ self.projection
@@ -56,7 +66,10 @@ class RandomNetwork(Embedding):
         self.d, self.takes = self.network.features, (channels, size, size)
 
     def fit(self, images: Tensor, *, epochs=1, batch=1000, seed=0, checkpoint=None, progress=True, **ignored) -> dict:
-        """Ten batches for the statistics of batch norm; no weight moves."""
+        """Ten batches for the statistics of batch norm; no weight moves. A `checkpoint` that exists is read instead."""
+        if checkpoint and Path(checkpoint).is_file():
+            self.restore(checkpoint)
+            return dict(_DONE)
         generator = torch.Generator(device=images.device).manual_seed(seed)
         with torch.no_grad():
             for _ in range(10):
@@ -64,7 +77,7 @@ class RandomNetwork(Embedding):
                 self.network.embed(images[index].float().div_(255), update=True)
         if checkpoint:
             self.save(checkpoint)
-        return {"epoch": [], "seconds": 0.0}
+        return dict(_DONE)
 
     def encode(self, x: Tensor) -> Tensor:
         return self.network.embed(x, stats="running")

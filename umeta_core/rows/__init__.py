@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from ..data import ABOUT, known
 from ..results import matches, published
 from . import cactus, lasium, leo, meta_gmvae
@@ -64,15 +66,40 @@ def select_rows(paper: str, table=None, names: str | None = None, dataset: str |
         parts = [part for name in names.split(",") if (part := name.strip())]
         rows = [row for row in rows if any(part in row.slug for part in parts)]
     elif numbers:
-        rows = [row for row in rows if not row.departs and any(matches(n, vars(row)) for n in numbers)]
+        rows = _closest(rows, numbers)
     if dataset is not None:
         known(dataset)
         native = [row for row in rows if row.dataset == dataset]
-        rows = native or [on_dataset(row, dataset) for row in rows if row.dataset == "omniglot"]
+        rows = native or [on_dataset(row, dataset) for row in rows if _moves(row, dataset)]
     if not rows:
-        there = ", ".join(row.slug for row in ROWS if row.paper == paper) or "none yet"
-        raise ValueError(f"no row of {paper} fits; its rows: {there}")
+        raise ValueError(_none_fits(paper, table, names, dataset))
     return rows
+
+
+def _moves(row: Row, dataset: str) -> bool:
+    """Whether a row can be moved: Omniglot's can, others where their embedding has a plan."""
+    planned = row.needs_embedding and (row.fitted or row.embedding, dataset) in EMBEDDINGS
+    return row.dataset == "omniglot" or row.dataset == "mini_imagenet" and planned
+
+
+def _none_fits(paper: str, table, names: str | None, dataset: str | None) -> str:
+    """Which filters left nothing, and what there is."""
+    slugs = [row.slug for row in ROWS if row.paper == paper and table in (None, row.table)]
+    if not any(row.paper == paper for row in ROWS):
+        return f"{paper} has no rows to run; python -m umeta_core.rule_figures makes what its chapter shows"
+    given = {"--table": table, "--rows": names, "--dataset": dataset}
+    filters = " ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+    near = names and difflib.get_close_matches(names, slugs, 5, 0.5)
+    return f"no row of {paper} fits {filters}; {'near' if near else 'there are'}: {', '.join(near or slugs)}"
+
+
+def _closest(rows: list[Row], numbers: list[dict]) -> list[Row]:
+    """The rows that depart in nothing; for a number that none of them measures, the first row that does."""
+    kept = set()
+    for number in numbers:
+        there = [row for row in rows if matches(number, vars(row))]
+        kept |= {row.slug for row in [row for row in there if not row.departs] or there[:1]}
+    return [row for row in rows if row.slug in kept]
 
 
 def more_rows(paper: str, table=None, dataset: str | None = None) -> list[Row]:

@@ -138,6 +138,13 @@ def _inductive() -> list[Row]:
                     table="ledger") for size in ("", "small ") for row in probes]  # fmt: skip
 
 
+def _views() -> list[Row]:
+    """What classifiers on BiGAN's codes owe to the squashing at the encoder's end, and to the codes' lengths."""
+    probes = [row for row in _probes("omniglot", "BiGAN", 500) if row.learner in ("knn", "linear", "nearest-mean")]
+    return [replace(_with_plan(row, f"{view} BiGAN", view), table="ledger") for view in ("logits", "unit")
+            for row in probes]  # fmt: skip
+
+
 def _labeled(share: float) -> dict:
     """Labels for a share of the classes, and tasks in proportion to the images behind them: share to 1 (App. G)."""
     return {"share": share, "mix": share / (1 + share)}
@@ -177,20 +184,26 @@ def _mixing() -> list[Row]:
                        variant=f"{percent} % of the characters labeled", **common),
         ]  # fmt: skip
     alone = dict(source="clusters", embedding="BiGAN", clusters=500, partitions=100)
+    half = alone | dict(source="mixed", share=0.01, mix=0.5)
+    rows.append(_protonets("omniglot", "mixed-half-protonets-1", "Semi-supervised ProtoNets", **half, **common,
+                           variant="every other task of 1 % of the characters, labeled"))  # fmt: skip
     rows.append(_protonets("omniglot", "mixed-protonets-0", "Semi-supervised ProtoNets", variant="CACTUs tasks alone",
                            **alone, **common))  # fmt: skip
     return rows
 
 
 def _curves() -> list[Row]:
-    """Other numbers of clusters with P = 100, and of partitions with k = 500, which the paper does not vary.
+    """Numbers of clusters with P = 10, and of partitions with k = 500, in shorter trainings; the paper varies neither.
 
-    The name of the method keeps them apart from the paper's numbers, of which some tables print neither k nor P.
+    Five queries per class in training, too, so that a cluster needs 6 images and not 16, of which 2000 clusters would
+    have 340. The name of the method keeps them apart from the paper's numbers, of which some tables print neither k
+    nor P.
     """
-    settings = [(f"k{k}", k, 100) for k in (50, 200, 2000)] + [(f"p{p}", 500, p) for p in (1, 10)]
+    settings = [(f"k{k}", k, 10) for k in (50, 200, 1000, 2000)] + [(f"p{p}", 500, p) for p in (1, 10, 100)]
+    common = dict(way=5, query=5, tests=((5, 1), (5, 5)), steps={"smoke": 3, "quick": 400, "full": 10_000})
     return [
-        _protonets("omniglot", f"cactus-protonets-bigan-{name}", "CACTUs-ProtoNets (curve)", embedding="BiGAN",
-                   source="clusters", clusters=k, partitions=p, variant=f"d=200;P={p};k={k}", table="curves")
+        _protonets("omniglot", f"curve-protonets-{name}", "CACTUs-ProtoNets (curve)", embedding="BiGAN",
+                   source="clusters", clusters=k, partitions=p, variant=f"d=200;P={p};k={k}", table="curves", **common)
         for name, k, p in settings
     ]  # fmt: skip
 
@@ -218,7 +231,7 @@ _OMNIGLOT = [
 ROWS = (
     *_OMNIGLOT,
     *(_five_way(row) for row in _OMNIGLOT if row.learner == "maml" and row.trained),
-    *_mixing(), *_curves(),
+    *_mixing(), *_curves(), *_views(),
     *_controls("mnist"), *_mnist("ACAI"), *_mnist("BiGAN"), *_mnist("InfoGAN"),
     *(_with_plan(row, "short ACAI", "short") for row in _OMNIGLOT if row.embedding == "ACAI"),
     *(_with_plan(row, "small DeepCluster", "small") for row in (*_probes("mini_imagenet", "DeepCluster", 500),

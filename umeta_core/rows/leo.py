@@ -104,7 +104,9 @@ def _small(row: Row) -> Row:
         return row
     row = replace(row, at_most=20_000)
     found = replace(row, search=_ranges(row)).configuration(BEST_TRIAL[row.learner])
-    return replace(found, search={}, deviation="" if row.learner == "maml" else row.deviation)
+    other = ["settings found at one shot"] if row.shot > 1 else []
+    other = [row.deviation, *other] if row.deviation and row.learner == "leo" else other
+    return replace(found, search={}, deviation="; ".join(other))
 
 
 def _long(row: Row) -> Row:
@@ -129,6 +131,6 @@ _ON_CENTER_CROPS = [row for row in _PUBLISHED if row.dataset == "mini_imagenet" 
 _SMALL = [_small(row) for row in _ON_CENTER_CROPS]
 
 ROWS = (
-    *_PUBLISHED, *_SMALL, *(_long(row) for row in _SMALL if row.trained and row.table == "1"),
+    *_PUBLISHED, *_SMALL, *(_long(row) for row in _SMALL if row.trained and row.table in ("1", "2")),
     *(_search(row) for row in (*_ON_CENTER_CROPS, *_SMALL) if row.trained and row.table in ("1", "2")),
 )  # fmt: skip

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 class EmbeddingPlan:
     """How an embedding is fitted to a dataset. `epochs` maps a scale to epochs; "full" is the paper's.
 
-    `kind` is the module of `umeta_core.embeddings`, `options` its keyword arguments. `whiten` asks for PCA whitening of
-    the vectors before they are clustered and compared (ACAI on MNIST; CACTUs, App. D), `normalize` for vectors of
-    length 1 (LEO; reference code, not in the paper). `weights_of` names the embedding whose fitted network this one
-    uses. `seconds` is what one epoch took with one thread of an AMD EPYC (Zen 5), for the printed plan; None where
-    nobody has measured. `deviation` says where the full fit departs from the paper.
+    `kind` names what is fitted (see `stages.build_embedding`), `options` are its keyword arguments. `whiten` asks for
+    PCA whitening of the vectors before they are clustered and compared (ACAI on MNIST; CACTUs, App. D), `normalize`
+    for vectors of length 1 (LEO; reference code, not in the paper). `weights_of` names the embedding whose fitted
+    network this one uses. `seconds` is what one epoch took with one thread of an AMD EPYC (Zen 5), for the printed
+    plan; None where nobody has measured. `deviation` says where the full fit departs from the paper.
     """
 
     kind: str
@@ -41,6 +41,11 @@ _SMALL_DEVIATION = "DeepCluster of a quarter of the width, stride 2, 40 epochs"
 
 EMBEDDINGS = {
     ("BiGAN", "omniglot"): EmbeddingPlan("bigan", {"d": 200}, _epochs(1, 10, 400), seconds=13.7),
+    # other views of that fit, for the ledger
+    ("logits BiGAN", "omniglot"): EmbeddingPlan("bigan", {"d": 200, "logits": True}, _epochs(1, 10, 400),
+                                               weights_of="BiGAN", deviation="codes before their squashing"),
+    ("unit BiGAN", "omniglot"): EmbeddingPlan("bigan", {"d": 200}, _epochs(1, 10, 400), normalize=True,
+                                             weights_of="BiGAN", deviation="codes scaled to length 1"),
     ("BiGAN", "mnist"): EmbeddingPlan("bigan", {"d": 50}, _epochs(1, 4, 400), seconds=32),
     ("BiGAN", "mini_imagenet"): EmbeddingPlan("conv-bigan", {"d": 200}, _epochs(1, 1, 400)),
     ("BiGAN", "celeba"): EmbeddingPlan("conv-bigan", {"d": 200}, _epochs(1, 1, 400)),
