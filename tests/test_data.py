@@ -589,7 +589,8 @@ def test_download_goes_to_the_cache_and_nowhere_else(no_data, cache, monkeypatch
     monkeypatch.setattr(torchvision.datasets, "Omniglot", pretend)
     assert data.load("omniglot", "all").n_classes == 4
     assert len(written) == 2 and all(root.parent == cache for root in written)
-    assert {entry.name for entry in cache.iterdir()} == {"omniglot", ".omniglot.lock", "arrays"}  # the temporary folder is gone
+    there = {entry.name for entry in cache.iterdir()}
+    assert there == {"omniglot", ".omniglot.lock", "arrays"}  # the temporary folder is gone
     assert data.load("omniglot", "all").n_classes == 4 and len(written) == 2  # found, not downloaded again
     assert data.info("omniglot")["found"] == str(cache / "omniglot" / "omniglot-py")
 

@@ -161,5 +161,5 @@ def test_one_s_own_partition_and_features_may_be_of_numpy():
 def test_images_that_are_divided_by_255_already_are_refused():
     images = numbered()
     images.images = images.images / 255
-    with pytest.raises(ValueError, match="images are uint8, 0 to 255, not torch.float32; pass other numbers as features"):
+    with pytest.raises(ValueError, match="uint8, 0 to 255, not torch.float32; pass other numbers as features"):
         PartitionTasks(images)

@@ -294,7 +294,7 @@ class UpdateRule(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor, steps: int = 200, hidden=(32, 32), batch: int = 32, seed: int = 0, activation="relu"):
-        """Train a fresh network on rows x ``[n, N_0]`` (uint8 of 0..255, or floats in 0..1) without labels.
+        """Train a fresh network on rows x ``[n, N_0]`` (uint8 of 0..255, or floats in 0..1; a tensor or an array), no labels.
 
         The batch is that of the meta-training of `pretrained`.
 
@@ -304,6 +304,7 @@ class UpdateRule(nn.Module):
         Raises:
             ValueError: x is no matrix, has fewer rows than a batch, or has numbers that are not finite or beyond 0..1.
         """
+        x = torch.as_tensor(x)
         if x.ndim != 2 or len(x) < batch:
             raise ValueError(f"x has shape {tuple(x.shape)}: give a matrix of at least {batch} rows or a smaller batch")
         low, high = (float(edge) for edge in as_float(x).aminmax())
