@@ -294,7 +294,7 @@ class UpdateRule(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor, steps: int = 200, hidden=(32, 32), batch: int = 32, seed: int = 0, activation="relu"):
-        """Train a fresh network on rows x ``[n, N_0]`` (uint8 of 0..255, or floats in 0..1; a tensor or an array), no labels.
+        """Train a fresh network on rows x ``[n, N_0]`` (uint8, or floats in 0..1; tensor or array) without labels.
 
         The batch is that of the meta-training of `pretrained`.
 
