@@ -4,8 +4,9 @@
     python benchmarks/maml.py --setting mini5 --device cuda
 
 Work: Conv-4 with 32 filters, max-pool, learned scale and shift, everything adapted; 8 tasks, 5 inner steps of 0.05,
-1 shot, 5 queries, second order. Loss and meta-gradient of every entrant are compared with the loop in float64 first.
-learn2learn and higher are optional installs.
+1 shot, 5 queries, second order. "cactus5" and "cactus20" are the network and the inner loop of CACTUs on Omniglot:
+stride 2, mean over the last map, no scale, shifts not adapted. Loss and meta-gradient of every entrant are compared
+with the loop in float64 first. learn2learn and higher are optional installs.
 """
 
 from __future__ import annotations
@@ -19,32 +20,38 @@ from umeta_core.episodes import Episodes
 from umeta_core.maml import MAML
 from umeta_core.networks import Conv4
 
-SETTINGS = {"omni5": (5, 1, 28), "omni20": (20, 1, 28), "mini5": (5, 3, 84)}
+SETTINGS = {"omni5": (5, 1, 28, False), "omni20": (20, 1, 28, False), "mini5": (5, 3, 84, False),
+            "cactus5": (5, 1, 28, True), "cactus20": (20, 1, 28, True)}  # fmt: skip
+CACTUS = {"downsample": "stride", "head": "mean", "norm": "shift"}
 TASKS, SHOT, QUERY, STEPS, LR = 8, 1, 5, 5, 0.05
 
 
-def episodes(way, channels, size, device, dtype=torch.float32):
+def episodes(way, channels, size, cactus, device, dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
     classes = torch.rand(TASKS, way, 1, channels, size, size, generator=g)  # a class signal: the loss is not flat
     draw = lambda n: (classes + torch.rand(TASKS, way, n, channels, size, size, generator=g)) / 2  # noqa: E731
     return Episodes(draw(SHOT).to(device, dtype), draw(QUERY).to(device, dtype))
 
 
-def learner(way, channels, size, device, dtype=torch.float32):
-    net = Conv4(channels, size, 32, way=way, generator=torch.Generator().manual_seed(0))
-    return MAML(net, LR, STEPS, inner_loss="mean", adapt_norm=True).to(device, dtype)
+def learner(way, channels, size, cactus, device, dtype=torch.float32):
+    shape = CACTUS if cactus else {}
+    net = Conv4(channels, size, 32, way=way, **shape, generator=torch.Generator().manual_seed(0))
+    return MAML(net, LR, STEPS, inner_loss="mean", adapt_norm=not cactus).to(device, dtype)
 
 
 def torch_network(net: Conv4, device, dtype):
     """The same network out of torch's own layers, for the peers."""
-    layers, c = [], net.channels
+    layers, c, cactus = [], net.channels, not net.geometry.pool
     for w, scale, shift in zip(net.weights, net.scales, net.shifts):
-        conv, norm = nn.Conv2d(c, len(w), 3, padding=1, bias=False), nn.BatchNorm2d(len(w), track_running_stats=False)
+        conv = nn.Conv2d(c, len(w), 3, stride=1 + cactus, padding=1, bias=False)
+        norm = nn.BatchNorm2d(len(w), track_running_stats=False)
+        norm.weight.requires_grad_(not cactus)
         conv.weight.data, norm.weight.data, norm.bias.data = w.data.contiguous(), scale.data.clone(), shift.data.clone()
-        layers += [conv, norm, nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [conv, norm, nn.ReLU(), *([] if cactus else [nn.MaxPool2d(2)])]
         c = len(w)
     head = nn.Linear(net.features, net.way)
     head.weight.data, head.bias.data = net.head_weight.data.clone(), net.head_bias.data.clone()
+    layers += [nn.AdaptiveAvgPool2d(1)] if cactus else []
     return nn.Sequential(*layers, nn.Flatten(), head).to(device, dtype)
 
 
@@ -56,7 +63,9 @@ def ours(maml, batch):
 
 def loop(net, batch):
     """Per task: `functional_call` and `torch.autograd.grad`."""
-    total, start = 0.0, dict(net.named_parameters())
+    total, cactus = 0.0, any(isinstance(layer, nn.AdaptiveAvgPool2d) for layer in net)
+    head = f"{len(net) - 1}."
+    start = {n: p for n, p in net.named_parameters() if not cactus or p.dim() > 1 or n.startswith(head)}
     for xs, ys, xq, yq in zip(*batch.flat()):
         fast = start
         for _ in range(STEPS):
@@ -97,9 +106,11 @@ def with_learn2learn(net, batch):
     return total
 
 
-def work(way, channels, size) -> float:
+def work(way, channels, size, cactus) -> float | None:
     """GFLOP of the convolutions of the leanest exact meta-iteration. Per support image, step and layer: forward 1,
     backward 2, Hessian-vector product 6 (first layer 4 in all: no input gradient); per query image: 1 + 2."""
+    if cactus:
+        return None
     inner = query = 0
     for block in range(4):
         once = 2 * 9 * (channels if block == 0 else 32) * 32 * size * size
@@ -110,8 +121,9 @@ def work(way, channels, size) -> float:
 def entrants(setting, device, dtype):
     """Name -> (parameters, function that leaves their meta-gradients and returns the mean loss)."""
     batch, maml = episodes(*setting, device, dtype), learner(*setting, device, dtype)
-    found = {"umeta": (list(maml.network.parameters()), lambda: ours(maml, batch))}
-    for name, run in (("loop over tasks", loop), ("higher", with_higher), ("learn2learn", with_learn2learn)):
+    found = {"umeta": ([p for p in maml.parameters() if p.requires_grad], lambda: ours(maml, batch))}
+    peers = (("loop over tasks", loop), ("higher", with_higher), ("learn2learn", with_learn2learn))
+    for name, run in peers[:1] if setting[3] else peers:  # the others adapt all that is trained
         net = torch_network(maml.network, device, dtype)
         if name in ("higher", "learn2learn"):
             try:
@@ -119,7 +131,7 @@ def entrants(setting, device, dtype):
             except ImportError as error:
                 print(f"  {name}: not installed ({error})")
                 continue
-        found[name] = (list(net.parameters()), lambda net=net, run=run: run(net, batch))
+        found[name] = ([p for p in net.parameters() if p.requires_grad], lambda net=net, run=run: run(net, batch))
     return found
 
 

@@ -79,6 +79,19 @@ def test_every_number_of_a_paper_s_own_methods_has_its_row(paper, methods):
         assert any((n["way"], n["shot"]) in row.tests for row in fitting), n
 
 
+def test_records_on_one_embedding_stand_on_one_fit():
+    """Two fits of one plan differ by points (a section of the book): a table must not mix them."""
+    fits = {}
+    for paper in ("cactus", "leo", "lasium"):
+        for record in results.read_records(paper, results.REPOSITORY / "results"):
+            fit = record.get("embedding_fit", {})
+            made_by = [process["commit"] for process in fit.get("made_by", [])]
+            if made_by:
+                place = paper, record["embedding"], record["dataset"], fit["epochs"], record["scale"]
+                fits.setdefault(place, {}).setdefault(str(made_by), []).append(record["row"])
+    assert fits and not {place: found for place, found in fits.items() if len(found) > 1}
+
+
 def test_curves_stand_for_no_number():
     curves = [row for row in ROWS if row.table == "curves"]
     assert {(row.clusters, row.partitions) for row in curves} == {

@@ -67,7 +67,7 @@ class RegressionTasks:
     """Noisy sines and lines in equal proportion, inputs uniform in [-5, 5] (LEO, App. A.1).
 
     Sines are ``a sin(x - phi)`` with a in [0.1, 5] and phi in [0, pi] (the sign and the frequency 1 are those of MAML's
-    code, whose tasks the paper names); lines have slope and intercept in [-3, 3]; all uniform.
+    code; the paper names the tasks of Finn et al. 2018); lines have slope and intercept in [-3, 3]; all uniform.
 
     Args:
         noise: standard deviation of the targets, support and query alike.
