@@ -16,6 +16,7 @@ from pathlib import Path
 
 from . import results
 from .results import REPOSITORY, SCALES
+from .speed import rank
 
 TWO_CORES = 0.6  # of the time with one thread, measured for MAML on 20-way tasks
 EPILOG = "Example: umeta reproduce cactus --table 8 --rows oracle --scale quick --dataset glyphs"
@@ -228,7 +229,7 @@ def _train(arguments) -> None:
     row = find_row(arguments.row, arguments.dataset).configuration(arguments.seed)
     row = row if arguments.steps is None else replace(row, at_most=arguments.steps)
     _prepare(arguments)
-    first = os.environ.get("RANK", "0") == "0"  # under torchrun one process tests
+    first = rank() == 0  # under torchrun one process tests
     if row.learner in BASELINES:
         raise ValueError(_tuned_and_tested(row))
     if arguments.steps is not None and arguments.steps > row.steps[arguments.scale]:

@@ -6,7 +6,6 @@ One training serves all of a row's tests. The rows themselves are in `rows`, emb
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, check_writable, provenance, results_folder, write_record
 from .rows import Row, embedding_plan
 from .snapshots import select, selected, snapshots_of
+from .speed import rank, world
 from .stages import (
     centroids,
     fit_embedding,
@@ -172,8 +172,7 @@ def train_row(row: Row, scale: str, seed: int, device="cpu", checkpoint=None, st
     early = early_stopping(row, scale, seed, device, stages) if row.validation else {}
     if row.training_of:
         return learner, _shared_training(learner, row, scale, seed, device, checkpoint, stages, **early)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # under torchrun: processes of one run
-    with alone(checkpoint) if checkpoint and not several else contextlib.nullcontext():
+    with alone(checkpoint) if checkpoint and world() == 1 else contextlib.nullcontext():
         return learner, _train(learner, row, scale, seed, device, checkpoint, stages, **early)
 
 
@@ -190,14 +189,13 @@ def _shared_training(
     learner, row: Row, scale: str, seed: int, device, checkpoint, stages, *, validate, validate_every: int, **_
 ) -> dict:  # fmt: skip
     """Train, or find trained, what rows share, and select this row's weights; those who come later wait meanwhile."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # under torchrun: processes of one run, of which one tests
     with tempfile.TemporaryDirectory() as scratch:
         file = training_file(row, checkpoint or Path(scratch) / "training.pt")
         folder = snapshots_of(file)
-        with contextlib.nullcontext() if several else alone(file):
+        with alone(file) if world() == 1 else contextlib.nullcontext():
             history = _train(learner, row, scale, seed, device, file, stages, validate_every=validate_every,
                              snapshots=folder)  # fmt: skip
-        if os.environ.get("RANK", "0") == "0":
+        if rank() == 0:  # under torchrun one process tests
             history |= select(learner, folder, validate, steps=row.budget(scale), every=validate_every, row=row.slug,
                               plan={"scale": scale, "seed": seed, **plain(row.protocol())})  # fmt: skip
     return history

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from .results import provenance
 from .rule_evaluation import rule_curve, trial
 from .rule_learners import RuleLearner
 from .rule_tasks import Bucket, Curriculum, RuleTasks
-from .speed import device_of_process, tune_cpu
+from .speed import device_of_process, rank, tune_cpu
 from .training import train
 
 
@@ -123,7 +122,7 @@ def main() -> None:
     held_out = trial(load("glyphs", "val", size=8, device=a.device), networks=4, seed=1)
 
     def save(rule: UpdateRule, step: int) -> None:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if rank() == 0:
             rule.save(a.out / f"{step:06d}.pt", plan=a.plan, seed=a.seed, steps=step, **origin)
 
     def keep(learner: RuleLearner, step: int) -> float:

@@ -8,7 +8,6 @@ architecture, U unlabeled batches for each, and labeled examples to judge them b
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +18,7 @@ from .augmentation import shift
 from .data import ImageSet
 from .episodes import PartitionTasks, sample_without_replacement
 from .learned_rule import EMBEDDING, Phi, initial_phi
+from .speed import world
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,12 @@ class RuleTasks:
 
     def state_dict(self) -> dict:
         """Step and living networks, for a checkpoint; of several processes no one's, as each has others."""
-        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        alone = world() == 1
         return {"steps": self.steps, "alive": self.alive if alone else [None] * len(self.buckets)}
 
     def load_state_dict(self, state: dict) -> None:
         """What `state_dict` gave; one of several processes starts with fresh networks, as it has not saved its own."""
-        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        alone = world() == 1
         device = self.buckets[0].images.labels.device
         self.steps, self.alive = state["steps"], _to(device, state["alive"]) if alone else [None] * len(self.buckets)
 

@@ -1,4 +1,4 @@
-"""Settings of the process that make the same arithmetic faster."""
+"""The process: settings that make the same arithmetic faster, and its place among several under ``torchrun``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ def tune_cpu() -> bool:
         return False
     mmap_threshold, trim_threshold = -3, -1
     return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, 2**31 - 1))
+
+
+def rank() -> int:
+    """The number of this process among those that ``torchrun`` has started, 0 for one alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes ``torchrun`` has started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def device_of_process(name: str) -> str:

@@ -19,6 +19,7 @@ from .episodes import Episodes
 from .packs import atomic
 from .results import provenance
 from .snapshots import clear, take
+from .speed import rank, world
 
 
 def noise_of_call(device, seed: int, call: int) -> torch.Generator:
@@ -26,8 +27,7 @@ def noise_of_call(device, seed: int, call: int) -> torch.Generator:
 
     All of it is mixed into 32 bits: that is all of a seed that PyTorch's generator on a CPU looks at.
     """
-    rank = int(os.environ.get("RANK", 0))
-    return torch.Generator(device).manual_seed(((seed * 1009 + rank) * 1_000_003 + call) % 2**32)
+    return torch.Generator(device).manual_seed(((seed * 1009 + rank()) * 1_000_003 + call) % 2**32)
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -215,7 +215,7 @@ class _Run:
             return episodes
         if len(episodes) < self.world:
             raise ValueError(f"{len(episodes)} tasks per step are fewer than {self.world} processes")
-        first, last = (len(episodes) * rank // self.world for rank in (self.rank, self.rank + 1))
+        first, last = (len(episodes) * number // self.world for number in (self.rank, self.rank + 1))
         return episodes[first:last]
 
     def _check(self, mean: torch.Tensor) -> None:
@@ -359,7 +359,7 @@ def versions() -> dict[str, str]:
 
 def _processes(device) -> tuple[int, int]:
     """Rank and number of processes; joins the group that ``torchrun`` describes in the environment."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world() == 1:
         return 0, 1
     import torch.distributed as dist
 
