@@ -514,6 +514,13 @@ def test_images_may_be_encoded_once_before_the_tasks():
     torch.testing.assert_close(features[3:4], one)
 
 
+def test_networks_of_other_widths_are_refused():
+    with pytest.raises(ValueError, match="the decoder has latent=64, the model latent=32; make them equal"):
+        MetaGMVAE(None, FeatureDecoder(16, 64), features=16, latent=32)
+    with pytest.raises(ValueError, match="the encoder has features=256, the model features=64"):
+        MetaGMVAE(ImageEncoder(), ImageDecoder(), features=64)
+
+
 def test_unlearned_weights_and_any_way():
     """The way at test time need not be the number of components in training; mixing weights are uniform there."""
     model = feature_model(components=3)

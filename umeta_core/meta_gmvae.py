@@ -190,7 +190,7 @@ class ImageDecoder(nn.Module):
         if size % 2:
             raise ValueError(f"no decoder for {size}x{size} images; use an even size")
         first, *targets, _ = reversed(sides(size))  # 2; 4, 7, 14; 28
-        self.shape = (filters, first, first)
+        self.latent, self.shape = latent, (filters, first, first)
         width = filters * first**2
         widths = [latent, width, width, width]
         self.mlp = nn.Sequential(
@@ -239,7 +239,7 @@ class FeatureDecoder(nn.Sequential):
         super().__init__(
             *(f for a, b in zip(widths, widths[1:]) for f in (_linear(a, b, generator), nn.ReLU(inplace=True)))
         )
-        self.calibrated = calibrated
+        self.latent, self.calibrated = latent, calibrated
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x | z), ``[T, M, N]``, of features ``[T, M, features]`` under samples ``[T, M, N, d]``."""
@@ -294,7 +294,8 @@ class MetaGMVAE(nn.Module):
         generator: source of the initial weights.
 
     Raises:
-        ValueError: an unknown switch, a number that is too small, or more samples decoded than drawn.
+        ValueError: an unknown switch, a number that is too small, more samples decoded than drawn, or networks of other
+            widths than `features` and `latent`.
     """
 
     def __init__(
@@ -307,6 +308,7 @@ class MetaGMVAE(nn.Module):
         _check_switches(covariance=covariance, e_step=e_step, inference=inference, reduce=reduce)
         _check_numbers(samples=samples, decoded=decoded, test_samples=test_samples, components=components, chunk=chunk,
                        iterations=iterations)  # fmt: skip
+        _check_widths(encoder=(encoder, "features", features), decoder=(decoder, "latent", latent))
         self.encoder, self.decoder, self.latent, self.components = encoder, decoder, latent, components
         self.samples, self.decoded, self.test_samples = samples, decoded, test_samples or samples
         self.iterations = iterations
@@ -494,6 +496,13 @@ def _check_switches(**given: str) -> None:
             raise ValueError(f"{what}={value!r} is not known; use {' or '.join(choices)}")
     if given["covariance"] == "identity" and given["e_step"] == "diagonal":
         raise ValueError("e_step='diagonal' needs covariance='diagonal'")
+
+
+def _check_widths(**networks: tuple) -> None:
+    for what, (network, name, wanted) in networks.items():
+        width = getattr(network, name, wanted)
+        if width != wanted:
+            raise ValueError(f"the {what} has {name}={width}, the model {name}={wanted}; make them equal")
 
 
 def _check_numbers(samples: int, decoded: int | None, **given: int | None) -> None:
