@@ -305,9 +305,16 @@ def _reproduce(arguments) -> None:
     arguments.seeds = list(dict.fromkeys(arguments.seeds))
     check_device(arguments.device, present=not (arguments.dry_run or arguments.profile))
     shortened = _print_plan(arguments, rows, folder)
-    if not arguments.dry_run:
-        results.check_writable(folder / arguments.paper)
+    if arguments.dry_run:
+        return
+    results.check_writable(folder / arguments.paper)
+    again = {results.record_path(row.paper, row.slug, arguments.scale, seed, folder)
+             for row in rows for seed in arguments.seeds if arguments.force}  # fmt: skip
+    for path in set((folder / arguments.paper).glob("*.json")) - again:
+        results.read_record(path)  # a damaged one would hide the table at the end
+    try:
         _snakemake(arguments, rows, folder, shortened)
+    finally:
         print(results.table_text(arguments.paper, arguments.table, arguments.dataset, True, folder))
 
 
@@ -379,15 +386,16 @@ def _print_plan(arguments, rows, folder: Path) -> list[Path]:
         counted.add(row.training_of or row.slug)
         for seed in arguments.seeds:
             record = results.record_path(row.paper, row.slug, arguments.scale, seed, folder)
-            ran = results.budget(results.read_record(record)) if record.exists() else 0
+            there = record.exists() and not arguments.force
+            ran = results.budget(results.read_record(record)) if there else 0
             steps = row.budget(arguments.scale)
-            done = record.exists() and ran >= steps and not arguments.force
+            done = there and ran >= steps
             state = "done" if done else _duration(seconds)
             if not done:
                 todo.append(seconds)
-                there = arguments.runs / row.paper / "stages"
-                stages |= missing_stages(row, arguments.scale, seed, arguments.device, there)
-            if record.exists() and ran < steps and not arguments.force:
+                made = arguments.runs / row.paper / "stages"
+                stages |= missing_stages(row, arguments.scale, seed, arguments.device, made)
+            if there and ran < steps:
                 checkpoint = f"{row.slug}-{arguments.scale}-seed{seed}.pt"
                 checkpoint = training_file(row, arguments.runs / row.paper / checkpoint)
                 again = "goes on" if checkpoint.exists() else "again from the start"
