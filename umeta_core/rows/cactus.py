@@ -193,7 +193,7 @@ def _mixing() -> list[Row]:
 
 
 def _curves() -> list[Row]:
-    """Numbers of clusters with P = 10, and of partitions with k = 500, in shorter trainings; the paper has one k, two P.
+    """Numbers of clusters with P = 10, and of partitions with k = 500, in short trainings; the paper has P = 1 and 100.
 
     Five queries per class in training, too, so that a cluster needs 6 images and not 16, of which 2000 clusters would
     have 340. The name of the method keeps them apart from the paper's numbers, of which some tables print neither k
