@@ -43,7 +43,9 @@ def expected_seconds(row: Row, scale: str, device="cpu", training=True) -> float
         per_step, per_way, per_image = per_step / 3, per_way / 3, per_image / 3
     steps = row.options.get("test_steps", 1)  # an adaptation step passes the support images only
     images = sum(way * (shot * steps + (row.test_query or 600)) for way, shot in row.tests)
-    return 15 + row.budget(scale) * (per_step + per_way * row.way) + row.test_tasks[scale] * images * per_image
+    seconds = row.budget(scale) * (per_step + per_way * row.way) + row.test_tasks[scale] * images * per_image
+    made = row.source in ("latent", "augmented")  # tasks that are generated take as long again, measured on a CPU
+    return 15 + seconds * (2 if made else 1)
 
 
 def _gmvae_seconds(row: Row, scale: str, training: bool) -> float:

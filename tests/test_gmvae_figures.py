@@ -1,0 +1,42 @@
+"""The numbers behind the chapter's figure of longer training, at a size that takes seconds."""
+
+import json
+
+import pytest
+import torch
+
+from umeta_core import gmvae_figures
+from umeta_core.gmvae_figures import MODELS, longer
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(gmvae_figures, "TEST", gmvae_figures.TEST | {"tasks": 20})
+    monkeypatch.setattr(gmvae_figures, "TRAINING", gmvae_figures.TRAINING | {"shot": 30})
+
+
+def test_every_model_is_measured_along_its_training_and_goes_on_where_it_stopped(tmp_path, small):
+    whole = longer(tmp_path / "whole", (2, 4))
+    first = longer(tmp_path / "parts", (2,))
+    parts = longer(tmp_path / "parts", (2, 4))
+    for name in MODELS:
+        assert whole["models"][name] == parts["models"][name]
+        assert whole["models"][name]["1"][:1] == first["models"][name]["1"]
+        assert [len(whole["models"][name][shot]) for shot in ("1", "5")] == [2, 2]
+    assert all(cell["difference"] == 0 for cell in whole["models"]["plain VAE"]["5"])
+    others = [whole["models"][name]["5"][1] for name in ("Ep", "Meta-GMVAE")]
+    assert all(cell["difference"] != 0 and cell["difference_ci95"] > 0 for cell in others)
+    json.dumps(whole, allow_nan=False)
+
+
+def test_the_difference_is_that_of_the_means(tmp_path, small):
+    cells = longer(tmp_path, (3,))["models"]
+    for shot in ("1", "5"):
+        gap = cells["Ep"][shot][0]["accuracy"] - cells["plain VAE"][shot][0]["accuracy"]
+        assert cells["Ep"][shot][0]["difference"] == pytest.approx(gap, abs=2e-3)
+
+
+def test_the_models_differ_in_their_switches_alone():
+    models = [gmvae_figures.build(3, **gmvae_figures.OPTIONS, **switches) for switches in MODELS.values()]
+    for model in models[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), models[0].parameters(), strict=True))
