@@ -1,4 +1,4 @@
-"""CelebA attribute tasks: a class is a conjunction of three attribute values (CACTUs, section 4.1 and appendix B)."""
+"""CelebA attribute tasks: a class is a conjunction of three attribute values (CACTUs, section 4 and appendix B)."""
 
 import torch
 

@@ -218,7 +218,7 @@ class LinearClassifier:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MLPClassifier:
-    """One hidden layer of rectified units with dropout, trained from scratch on every task (CACTUs, 4.1).
+    """One hidden layer of rectified units with dropout, trained from scratch on every task (CACTUs, section 4).
 
     Full-batch Adam, Glorot-uniform weights, zero biases: Keras' defaults (reference code, not in the paper). The tasks
     train side by side: every weight has a leading task axis, and Adam never mixes weights.
@@ -304,7 +304,7 @@ class _Patience:
 
 @dataclass(frozen=True, eq=False)
 class ClusterMatching:
-    """Clusters of the training embeddings, named by the support images in them (CACTUs, 4.1). (eq-matching)
+    """Clusters of the training embeddings, named by the support images in them (CACTUs, section 4). (eq-matching)
 
     Each of the k clusters takes the plurality label of the support images closest to its centroid; a query takes the
     label of the closest centroid that has one. Equal counts go to the lowest label (as in the reference code; labels

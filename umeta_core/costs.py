@@ -53,9 +53,8 @@ def _gmvae_seconds(row: Row, scale: str, training: bool) -> float:
     decoded = row.options.get("decoded", row.options["samples"])
     each = 6.3e-4 + 3e-4 * decoded if row.inputs == "images" else 3e-5 * decoded
     steps, plan, test = row.budget(scale), row.validation, row.test_tasks[scale]
-    tasks = {"smoke": test, "quick": min(200, plan["tasks"]), "full": plan["tasks"]}[scale]
-    checks = -(-steps // min(plan["every"], -(-row.steps[scale] // 5)))
-    images = checks * tasks * plan["way"] * (plan["shot"] + plan["query"])
+    tasks, every = row.checks(scale)
+    images = -(-steps // every) * tasks * plan["way"] * (plan["shot"] + plan["query"])
     images += test * sum(way * (shot + row.test_query) for way, shot in row.tests)
     alone = 0  # images where each query has a set of its own: EM then has few samples to assign
     for changes in row.readings.values():

@@ -215,7 +215,7 @@ def training_file(row: Row, checkpoint) -> Path:
 def early_stopping(row: Row, scale: str, seed: int, device="cpu", stages=None) -> dict:
     """Arguments of `train` that keep the weights best on tasks of the validation classes, the same at every check."""
     source, plan = testing_tasks(row, scale, "val", device, stages), row.validation
-    tasks = {"smoke": row.test_tasks["smoke"], "quick": min(200, plan["tasks"]), "full": plan["tasks"]}[scale]
+    tasks, every = row.checks(scale)
     task = {"way": plan.get("way", row.way), "shot": plan.get("shot", row.shot), "query": plan["query"],
             "tasks": tasks, "seed": seed + 1}  # fmt: skip
 
@@ -224,9 +224,7 @@ def early_stopping(row: Row, scale: str, seed: int, device="cpu", stages=None) -
         at_once = {"max_images": _at_once(seen)} if seen.features is not None else {}
         return evaluate(learner, seen, **at_once, **task).mean
 
-    steps = row.steps[scale] if row.training_of else row.budget(scale)  # a shortened run may be gone on with
-    return {"validate": validate, "validate_every": min(plan["every"], -(-steps // 5)), "keep_best": True,
-            "patience": plan.get("patience")}  # fmt: skip
+    return {"validate": validate, "validate_every": every, "keep_best": True, "patience": plan.get("patience")}
 
 
 def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None) -> list[dict]:

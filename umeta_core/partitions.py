@@ -78,10 +78,12 @@ def cluster_partitions(
         int16 (int32 from k = 32768 on): 100 partitions of 22,000 points are 4 MB.
 
     Raises:
-        ValueError: as `kmeans`; too few points for that many sizable clusters; or a partition has fewer than `way`
-            clusters of R members.
+        ValueError: as `kmeans`; no partition asked for; too few points for that many sizable clusters; or a partition has
+            fewer than `way` clusters of R members.
     """
     check(z, k)
+    if partitions < 1:
+        raise ValueError(f"{partitions} partitions asked for; at least one")
     restarts = (10 if partitions == 1 else 1) if restarts is None else restarts
     sizable = least + 1 if sizable is None else sizable
     wanted = _sizable_wanted(len(z), k, enough, sizable)

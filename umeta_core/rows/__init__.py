@@ -17,11 +17,16 @@ ROWS = (*cactus.ROWS, *leo.ROWS, *lasium.ROWS, *meta_gmvae.ROWS)
 
 
 def on_dataset(row: Row, dataset: str) -> Row:
-    """The same experiment on another dataset that `load` knows; its slug then ends in the dataset's name."""
+    """The same experiment on another dataset that `load` knows; its slug then ends in the dataset's name.
+
+    On one that the paper has, too, this is not the paper's row there, and says so.
+    """
     if dataset == row.dataset:
         return row
     split = "cactus" if dataset == "omniglot" else None
-    return row.renamed(f"-{dataset.replace('_', '-')}", dataset=dataset, split_protocol=split)
+    printed = dataset in {other.dataset for other in ROWS if other.paper == row.paper}
+    departs = "; ".join(filter(None, [row.deviation, f"settings of {row.dataset}" if printed else ""]))
+    return row.renamed(f"-{dataset.replace('_', '-')}", dataset=dataset, split_protocol=split, deviation=departs)
 
 
 def find_row(slug: str, dataset: str | None = None) -> Row:

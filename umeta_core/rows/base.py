@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from .plans import EmbeddingPlan, embedding_plan
 
-TEST_QUERY = 5  # per class (CACTUs, section 4.1)
+TEST_QUERY = 5  # per class (CACTUs, App. E.1)
 TEST_OPTIONS = ("covariance", "e_step", "inference", "test_samples")  # options of a learner that only tests look at
 
 
@@ -101,6 +101,16 @@ class Row:
         """Where the row, or the embedding under it, departs from the paper even at full scale; "" if nowhere."""
         parts = (self.deviation, self.plan.deviation if self.needs_embedding else "")
         return "; ".join(part for part in parts if part)
+
+    def checks(self, scale: str) -> tuple[int, int]:
+        """Tasks of a validation, and after how many steps there is one: at least five times in a run.
+
+        A training that rows share is checked as if it were whole: a shortened one may be gone on with.
+        """
+        tasks = {"smoke": self.test_tasks["smoke"], "quick": min(200, self.validation["tasks"]),
+                 "full": self.validation["tasks"]}[scale]  # fmt: skip
+        steps = self.steps[scale] if self.training_of else self.budget(scale)
+        return tasks, min(self.validation["every"], -(-steps // 5))
 
     def configuration(self, seed: int) -> Row:
         """The row itself, or the trial that `seed` draws, always the same."""
