@@ -2,7 +2,7 @@
 
     python -m umeta_core.gmvae_figures --runs FOLDER
 
-writes ``results/meta_gmvae/figures/longer-glyphs-seed0.json``. Half an hour of a core; interrupted, it goes on from the
+writes ``results/meta_gmvae/figures/longer-glyphs-seed0.json``. A quarter of an hour of a core; interrupted, it goes on from the
 checkpoints in FOLDER.
 """
 
@@ -31,7 +31,7 @@ MODELS = {  # with the covariance that is the better one at test time, the plain
     "Ep": {"set_level": False},
     "Meta-GMVAE": {},
 }
-STEPS = (800, 1600, 3200, 6400, 12_800)
+STEPS = (800, 1600, 3200, 6400)
 TEST = {"way": 5, "query": 15, "tasks": 400, "seed": 1}
 
 
@@ -90,11 +90,12 @@ def _cell(accuracies: torch.Tensor, base: torch.Tensor) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", default="runs/meta_gmvae/figures", help="folder of the checkpoints")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="after which the models are tested, ascending")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", help="default: $UMETA_RESULTS or results")
     given = parser.parse_args()
     tune_cpu()
-    record = longer(given.runs, seed=given.seed)
+    record = longer(given.runs, given.steps, given.seed)
     path = results_folder(given.results) / "meta_gmvae" / "figures" / f"longer-glyphs-seed{given.seed}.json"
     with atomic(path) as partial:
         partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
