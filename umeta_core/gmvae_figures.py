@@ -2,8 +2,8 @@
 
     python -m umeta_core.gmvae_figures --runs FOLDER
 
-writes ``results/meta_gmvae/figures/longer-glyphs-seed0.json``. A quarter of an hour of a core; interrupted, it goes on from the
-checkpoints in FOLDER.
+writes ``results/meta_gmvae/figures/longer-glyphs-seed0.json``. A quarter of an hour of a core; interrupted, it goes on
+from the checkpoints in FOLDER.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _cell(accuracies: torch.Tensor, base: torch.Tensor) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", default="runs/meta_gmvae/figures", help="folder of the checkpoints")
-    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="after which the models are tested, ascending")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="after which to test, ascending")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", help="default: $UMETA_RESULTS or results")
     given = parser.parse_args()
