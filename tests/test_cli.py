@@ -217,6 +217,9 @@ def test_rows_move_to_other_datasets():
     moved = rows.find_row("oracle-maml-glyphs")
     assert (moved.slug, moved.dataset, moved.split_protocol) == ("oracle-maml-glyphs", "glyphs", None)
     assert rows.find_row("oracle-maml", "glyphs") == moved
+    assert not moved.departs
+    other = rows.find_row("oracle-maml-mini-imagenet", "omniglot")
+    assert other.departs == "settings of mini_imagenet", "Table 8 has numbers that are not this row's"
     assert rows.find_row("oracle-maml").split_protocol == "cactus"
     for slug in ("mnist", "oracle-maml-", "oracle-maml-nowhere", ""):
         with pytest.raises(ValueError, match="unknown row"):

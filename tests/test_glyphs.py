@@ -1,7 +1,9 @@
 """The built-in dataset: the recipe's parts, the shape of the whole, its splits, its hash and its cache."""
 
+import time
 import unicodedata
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -187,23 +189,34 @@ def test_cached_reload_is_equal_and_silent(data, cache, monkeypatch):
         warnings.simplefilter("error")
         again = glyphs(cache, progress=False)
     assert all(np.array_equal(again[name], data[name]) for name in data)
-    assert [path.suffix for path in cache.iterdir()] == [".npz"]
+    assert [path.suffix for path in cache.glob("[!.]*")] == [".npz"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "text"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "encrypted", "compressed"])
 def test_a_damaged_cache_is_made_again(data, tmp_path, monkeypatch, damage):
     few = {name: array[::100] for name, array in data.items()}
     monkeypatch.setattr(glyphs_module, "make_glyphs", lambda *_, **__: few)
     glyphs(tmp_path, seed=1)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.npz")
     content = bytearray(path.read_bytes())
-    if damage == "flipped":
-        content[len(content) // 2] ^= 255
-    path.write_bytes({"cut": content[:1000], "flipped": content, "text": b"not an archive"}[damage])
+    directory = content.index(b"PK\x01\x02")  # its first entry: 8 bytes on, flags; 10 bytes on, the compression
+    at = {"flipped": len(content) // 2, "encrypted": directory + 8, "compressed": directory + 10}.get(damage)
+    if at:
+        content[at] ^= 255 if damage == "flipped" else 1
+    path.write_bytes({"cut": content[:1000], "text": b"not an archive"}.get(damage, content))
     with pytest.warns(UserWarning, match="damaged"):
         glyphs(tmp_path, seed=1)
     again = glyphs(tmp_path, seed=1)
     assert all(np.array_equal(again[name], few[name]) for name in few)
+
+
+def test_of_several_runs_one_draws(data, tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    drawn, few = [], {name: array[::100] for name, array in data.items()}
+    monkeypatch.setattr(glyphs_module, "make_glyphs", lambda *_, **__: drawn.append(time.sleep(0.2)) or few)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: glyphs(tmp_path, seed=1), range(2)))
+    assert len(drawn) == 1 and all(np.array_equal(each["images28"], few["images28"]) for each in found)
 
 
 def test_other_content_warns(data, tmp_path, monkeypatch):

@@ -196,6 +196,19 @@ def test_an_interrupted_selection_goes_on_and_a_lost_snapshot_is_named(tmp_path,
         train_row(row, "smoke", 0, checkpoint=file)
 
 
+def test_a_damaged_snapshot_and_a_damaged_list_of_values_are_named(tmp_path):
+    learner = torch.nn.Linear(1, 1)
+    take(learner, tmp_path, 2)
+    select(learner, tmp_path, lambda model: 0.5, steps=2, every=2, row="a", plan={})
+    (snapshot,) = tmp_path.glob("*.pt")
+    snapshot.write_bytes(snapshot.read_bytes()[:100])
+    with pytest.raises(ValueError, match="step-00000002.pt is not a readable snapshot; delete it"):
+        selected(tmp_path, "a")
+    (tmp_path / "a.json").write_text('{"plan": ')
+    with pytest.raises(ValueError, match="a.json is damaged .*; delete it to validate afresh"):
+        selected(tmp_path, "a")
+
+
 def test_weights_that_are_no_longer_due_are_not_chosen(tmp_path):
     """The last step of a shortened training is looked at; once it has gone on, it is between the steps that count."""
     learner, rated = torch.nn.Linear(1, 1), {2: 0.1, 3: 0.9, 4: 0.6, 6: 0.5}

@@ -123,9 +123,20 @@ def test_only_a_finished_fit_that_half_precision_can_hold_is_shared(tmp_path):
     write_atomically(state | {"epoch": 2}, tmp_path / "own.pt")
     shared_fits.share(model, tmp_path / "own.pt", tmp_path / "shared.pt")
     shared = read(tmp_path / "shared.pt")
+    with pytest.raises(ValueError, match="shared.pt is not the checkpoint of a fit"):
+        shared_fits.share(model, tmp_path / "shared.pt", tmp_path / "again.pt")
     for other, why in ((BiGAN(d=5, hidden=8), "size mismatch"), (ACAI(depth=4, latent=2), "other weights")):
         with pytest.raises(ValueError, match=f"holds another network: .*{why}"):
             shared_fits.restore(other, shared, "shared.pt")
+
+
+def test_a_fit_is_shared_by_a_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_fits, "FOLDER", tmp_path / "fits")
+    images, fit = torch.zeros(8, 1, 28, 28, dtype=torch.uint8), tmp_path / "bigan-glyphs-full.pt"
+    BiGAN(d=4, hidden=8).fit(images, epochs=1, batch=4, checkpoint=fit, progress=False)
+    shared_fits.main([str(fit)])
+    encoder = read(tmp_path / "fits" / fit.name)["encoder"]
+    assert encoder and all(name.startswith("e.") for name in encoder)
 
 
 @pytest.mark.parametrize(("model", "shape"), [(BiGAN(d=4, hidden=8), (1, 28, 28)), (SimCLR(3, 32), (3, 32, 32)),

@@ -149,6 +149,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
         train(learner(), source(), steps=4, checkpoint=file, **TASK)
 
 
+@pytest.mark.parametrize("content", [{"step": 2}, [1]])
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match=r"run.pt is not a readable checkpoint; delete it"):
+        read_checkpoint(tmp_path / "run.pt")
+
+
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     file = tmp_path / "run.pt"
     train(learner(), source(), steps=5, checkpoint=file, **TASK)
@@ -351,3 +358,17 @@ def test_a_finished_file_needs_no_lock(tmp_path):
         pass
     with pytest.raises(IsADirectoryError), alone(tmp_path / "b.pt"):
         pass
+
+
+def test_the_best_weights_are_given_only_where_they_were_asked_for_from_the_start(tmp_path):
+    values = iter([3.0, 1.0, 2.0, 3.0, 1.0, 2.0])
+    more = dict(validate=lambda model: next(values), validate_every=2, checkpoint=tmp_path / "r.pt", **TASK)
+    train(learner(), source(), steps=4, keep_best=True, **more)
+    on = learner()
+    train(on, source(), steps=6, **more)
+    last = read_checkpoint(tmp_path / "r.pt")["learner"]
+    assert all(torch.equal(value, last[name]) for name, value in on.state_dict().items())
+    (tmp_path / "r.pt").unlink()
+    train(learner(), source(), steps=4, **more)
+    with pytest.raises(ValueError, match="did not keep its best weights"):
+        train(learner(), source(), steps=6, keep_best=True, **more)

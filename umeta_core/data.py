@@ -41,13 +41,20 @@ class ImageSet:
 
     def shown(self, index):
         """The images at `index` [...] as floats in [0, 1], [..., channels, height, width], on its device."""
-        return self.images[index.to(self.images.device)].to(index.device).float().div_(255)
+        return as_floats(self.images[index.to(self.images.device)].to(index.device))
 
     def to(self, device):
         """The same set with its tensors on `device`, but for images that are mapped from a file."""
         images = self.images if self.mapped else self.images.to(device)
         attributes = None if self.attributes is None else self.attributes.to(device)
         return replace(self, images=images, labels=self.labels.to(device), attributes=attributes)
+
+
+def as_floats(images):
+    """uint8 images as floats in [0, 1]. ValueError: another type."""
+    if images.dtype != torch.uint8:  # others may be in [0, 1] already, and float() of floats is no copy to divide
+        raise ValueError(f"images are uint8, 0 to 255, not {images.dtype}")
+    return images.float().div_(255)
 
 
 @dataclass(frozen=True)
@@ -187,8 +194,7 @@ def from_folder(folder, size=84, gray=False):
     Raises FileNotFoundError if there are no such folders, ValueError that names a file which is no image.
     """
     folder = Path(folder).expanduser()
-    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
-    files = [file for file in sorted(folder.glob("*/*")) if file.suffix.lower() in kinds]
+    files = packs.image_files(folder, "*/*")
     if not files:
         raise FileNotFoundError(f"no images in {folder}: it should hold one folder for each class, with images in it")
     names = sorted({file.parent.name for file in files})

@@ -12,13 +12,14 @@ import hashlib
 import os
 import unicodedata
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from .packs import alone, atomic
 
 VERSION = 1
 CONTENT_SHA256 = "2911c28d0beabe7ebf7b2ec8611e6c49f92ceeff266f2d5031dc751522fb9b1d"  # of images28 with seed 0
@@ -63,6 +64,7 @@ SCRIPTS = {
 
 CANVAS, BOX = 128, 80  # pixels of the canvas, and of a glyph's longer side on it
 REACH = 4  # distances are known up to this many canvas pixels
+DRAWINGS = 20  # of each character
 SIZE, SMALL = 105, 28  # pixels of the drawings
 INK = 68  # pixels of a glyph's longer side on a 105x105 drawing, before its random size
 
@@ -96,15 +98,14 @@ def glyphs(cache_dir: str | os.PathLike, seed: int = 0, progress: bool = True) -
     path = Path(cache_dir) / f"glyphs-{VERSION}-{seed}-{_fonts_hash()[:12]}.npz"
     data = _read(path)
     if data is None:
-        data = make_glyphs(seed, progress=progress)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(part, "wb") as file:
-                np.savez(file, **data)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with alone(path):  # of several runs one draws, and the others read what it wrote
+            data = _read(path)
+            if data is None:
+                if path.exists():
+                    warnings.warn(f"{path} is damaged and is made again", stacklevel=2)
+                data = make_glyphs(seed, progress)
+                with atomic(path) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, **data)
     if seed == 0 and content_hash(data) != CONTENT_SHA256:
         warnings.warn(
             "the glyphs differ from the reference ones: other fonts in this matplotlib, or other rounding; "
@@ -120,21 +121,19 @@ def content_hash(data: dict[str, np.ndarray]) -> str:
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
-    if not path.exists():
-        return None
+    """The arrays in the file `path`; None: there is none, or it is damaged."""
     try:
         with np.load(path) as file:  # every array in it carries a checksum
             return {name: file[name] for name in ("images28", "images105", "class_names", "scripts", "split")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        warnings.warn(f"{path} is damaged and is made again", stacklevel=3)
+    except Exception:  # a flipped bit may read as encryption or an unknown compression, each an error of its own
         return None
 
 
-def make_glyphs(seed: int = 0, drawings: int = 20, progress: bool = True) -> dict[str, np.ndarray]:
-    """Draws every character `drawings` times; ink is 255 on 0. The same seed gives the same bytes.
+def make_glyphs(seed: int = 0, progress: bool = True) -> dict[str, np.ndarray]:
+    """Draws every character 20 times; ink is 255 on 0. The same seed gives the same bytes.
 
-    Returns `images28` uint8 `[classes, drawings, 28, 28]`, `images105` uint8 `[classes, drawings, 105, 14]` (packed
-    bits: `unpack`), `class_names` and `scripts` (strings) `[classes]`, and `split` int8 `[classes]`: 0 train, 1
+    Returns `images28` uint8 `[classes, 20, 28, 28]`, `images105` uint8 `[classes, 20, 105, 14]` (packed bits:
+    `unpack`), `class_names` and `scripts` (strings) `[classes]`, and `split` int8 `[classes]`: 0 train, 1
     validation, 2 test, the same for all classes of a script. Raises FileNotFoundError where matplotlib has no fonts.
     """
     from tqdm import tqdm
@@ -144,7 +143,7 @@ def make_glyphs(seed: int = 0, drawings: int = 20, progress: bool = True) -> dic
     outlines = [_outlines(face, [code for code, _ in classes]) for face in faces]
     small, packed = [], []
     for i, (code, _) in enumerate(tqdm(classes, "drawing glyphs", disable=None if progress else True)):
-        ink = draw(code, [of_face[i] for of_face in outlines if i in of_face], drawings, seed)
+        ink = draw(code, [of_face[i] for of_face in outlines if i in of_face], DRAWINGS, seed)
         small.append(shrink(ink))
         packed.append(np.packbits(ink, axis=-1))
     return {

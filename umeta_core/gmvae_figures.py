@@ -18,7 +18,7 @@ from .data import load
 from .episodes import PartitionTasks
 from .evaluation import Evaluation, evaluate
 from .meta_gmvae import ImageDecoder, ImageEncoder, MetaGMVAE, UnlabeledSets
-from .packs import atomic
+from .packs import atomic, load_tensors
 from .results import provenance, results_folder
 from .speed import tune_cpu
 from .training import train
@@ -78,7 +78,7 @@ def _after(model: MetaGMVAE, checkpoint: Path, steps: int, seed: int) -> dict:
         found = {str(shot): evaluate(model, source, shot=shot, **TEST).accuracies for shot in (1, 5)}
         with atomic(measured) as partial:
             torch.save(found | {"seconds": history["seconds"]}, partial)
-    return torch.load(measured)
+    return load_tensors(measured, "measurement")
 
 
 def _cell(accuracies: torch.Tensor, base: torch.Tensor) -> dict:

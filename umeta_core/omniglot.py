@@ -41,11 +41,11 @@ class Characters:
     sources: list[Path]
 
 
-def character_split(alphabets, names, protocol, seed=0):
+def character_split(alphabets, names, protocol):
     """Split of every character under a protocol: int array, 0 train, 1 val, 2 test.
 
     "vinyals" is by alphabet (Vinyals et al. 2016). The other protocols ignore alphabets: characters are put in the
-    order of sha256("seed/alphabet/character") and cut into train, validation and test. That order depends on no
+    order of sha256("0/alphabet/character") and cut into train, validation and test. That order depends on no
     random-number library and on no directory listing. The authors' code (CACTUs: MAML's data_generator.py, seed 1;
     LASIUM: seed 47) shuffles a directory listing that cannot be recovered, so the counts are theirs and the characters
     are not. Splits nest: the 323 test characters of "lasium" and "meta_gmvae" are among the 423 of "cactus".
@@ -59,7 +59,7 @@ def character_split(alphabets, names, protocol, seed=0):
                          "get the whole data set, or load split='all'")
     if protocol == "vinyals":
         return np.array([vinyals(*pair) for pair in zip(alphabets, names, strict=True)])
-    keys = [hashlib.sha256(f"{seed}/{a}/{name}".encode()).hexdigest() for a, name in zip(alphabets, names, strict=True)]
+    keys = [hashlib.sha256(f"0/{a}/{name}".encode()).hexdigest() for a, name in zip(alphabets, names, strict=True)]
     split = np.empty(len(names), dtype=int)
     split[np.argsort(keys)] = np.repeat([0, 1, 2], (train, val, test))
     return split
@@ -85,8 +85,10 @@ def read_folder(folder):
 
     They come in the order of the original file numbers NNNN. ValueError: no drawings, or not as many of each character.
     """
+    parts = [Path(folder) / part for part in ("images_background", "images_evaluation")]  # no images_background_small1
+    files = [file for part in parts for file in packs.image_files(part, "*/character*/*.png")]
     drawings = defaultdict(list)
-    for file in sorted(Path(folder).glob("images_*/*/character*/*.png"), key=lambda file: (file.name, str(file))):
+    for file in sorted(files, key=lambda file: (file.name, str(file))):
         drawings[file.parent].append(file)
     counts = {len(files) for files in drawings.values()}
     if not drawings:
@@ -104,13 +106,7 @@ def read_folder(folder):
 
 def read_ink(file):
     """Packed ink [105, 14] of one PNG."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            pixels = np.asarray(image.convert("L"))
-    except OSError as error:
-        raise ValueError(f"{file} is truncated or corrupt ({error}): unpack it again") from None
+    pixels = np.asarray(packs.open_image(file, file, "L"))
     if pixels.shape != (105, 105):
         raise ValueError(f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, Omniglot's drawings are 105x105: "
                          "unpack it again")

@@ -48,7 +48,7 @@ def atomic(path):
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())  # or a power cut could leave an empty file under the name
         os.replace(temporary, path)
     finally:
@@ -115,6 +115,19 @@ def write_archive(path, **arrays):
         np.savez_compressed(file, **arrays)
 
 
+def load_tensors(path, what):
+    """The dict in a file of `torch.save`, on the CPU. ValueError names a damaged file, which should be a `what`."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception:  # as in `read_archive`
+        state = None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a readable {what}; delete it to start afresh")
+    return state
+
+
 def sha256(path):
     """Hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
@@ -141,9 +154,19 @@ def cached_array(label, sources, shape, fill):
             if not path.exists():
                 _fill_array(path, label, shape, fill)
     try:
-        return np.load(path, mmap_mode="c")
+        return _mapped(path, "c")
     except OSError:  # Linux refuses a copy-on-write map that is larger than memory
-        return np.load(path, mmap_mode="r")
+        return _mapped(path, "r")
+
+
+def _mapped(path, mode):
+    """The array of an .npy file, as a memory map. ValueError names a damaged file."""
+    try:
+        return np.load(path, mmap_mode=mode)
+    except OSError:
+        raise
+    except Exception as error:  # as in `read_archive`: a flipped bit of the header may even be a TokenError
+        raise ValueError(f"{path} is truncated or corrupt ({error}): delete it and get it again") from None
 
 
 def _fill_array(path, label, shape, fill):
@@ -168,6 +191,24 @@ def progress(iterable, total, what):
     return tqdm(iterable, total=total, desc=what, unit=" images", unit_scale=True, mininterval=1.0, leave=False)
 
 
+def image_files(folder, pattern):
+    """The image files in `folder` that match a pattern, sorted; not ``._NAME``, which macOS puts beside a file."""
+    kinds = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+    return [file for file in sorted(Path(folder).glob(pattern))
+            if file.suffix.lower() in kinds and not file.name.startswith(".")]
+
+
+def open_image(source, name, mode):
+    """Decode an image (a path or a binary file, called `name` in an error) to Pillow's `mode`. ValueError: damaged."""
+    from PIL import Image
+
+    try:
+        with Image.open(source) as image:
+            return image.convert(mode)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG: SyntaxError
+        raise ValueError(f"{name} is truncated or corrupt ({error}): get it again") from None
+
+
 def read_image(source, size, name, crop=None):
     """Decode an image (a path or a binary file, called `name` in an error): uint8 [3, size, size].
 
@@ -176,11 +217,7 @@ def read_image(source, size, name, crop=None):
     """
     from PIL import Image
 
-    try:
-        with Image.open(source) as image:
-            image = image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{name} is truncated or corrupt ({error}): get it again") from None
+    image = open_image(source, name, "RGB")
     if crop and image.size != (size, size):
         left, top = (image.width - crop) // 2, (image.height - crop) // 2
         image = image.crop((left, top, left + crop, top + crop))
@@ -230,7 +267,7 @@ def append_images(path, files, size, stamp):
     """Decode image files into the .npy file `path`, uint8 [n, 3, size, size], which may be far larger than memory.
 
     The images are appended to a file named after `stamp` beside it, which is renamed at the end. After an interruption
-    the same call goes on where it stopped. OSError: the disk is too small.
+    the same call goes on where it stopped. Hold `alone(path)`. OSError: the disk is too small.
     """
     start, each = io.BytesIO(), 3 * size * size
     shape = (len(files), 3, size, size)
@@ -265,23 +302,19 @@ def map_array(path):
     The map is read-only, and writing to the tensor ends the process. (A copy-on-write map, as of `torch.from_file` or
     `cached_array`, is refused by Linux for files larger than memory.)
     """
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}): delete it and get it again") from None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array)
+        return torch.from_numpy(_mapped(path, "r"))
 
 
-def encode_pack(path, images, quality=75, **arrays):
-    """Write uint8 images [n, 3, height, width] as a JPEG pack (lossy) with further `arrays` beside them."""
+def encode_pack(path, images, **arrays):
+    """Write uint8 images [n, 3, height, width] as a JPEG pack (lossy: quality 75) with further `arrays` beside them."""
     from PIL import Image
 
     header, rest, offsets = None, [], [0]
     for image in images:
         buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1))).save(buffer, "JPEG", quality=quality)
+        Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1))).save(buffer, "JPEG", quality=75)
         data = buffer.getvalue()
         scan = data.index(b"\xff\xda")  # start of scan: from here on the bytes are the image's own
         scan += 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")

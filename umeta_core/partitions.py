@@ -78,8 +78,8 @@ def cluster_partitions(
         int16 (int32 from k = 32768 on): 100 partitions of 22,000 points are 4 MB.
 
     Raises:
-        ValueError: as `kmeans`; no partition asked for; too few points for that many sizable clusters; or a partition has
-            fewer than `way` clusters of R members.
+        ValueError: as `kmeans`; no partition asked for; too few points for that many sizable clusters; or a partition
+            has fewer than `way` clusters of R members.
     """
     check(z, k)
     if partitions < 1:

@@ -48,7 +48,7 @@ def glyphs(split, size):
     if size <= 28:
         images = drawn["images28"][chosen]
     else:
-        images = np.unpackbits(drawn["images105"][chosen], axis=-1, count=105) * np.uint8(255)
+        images = built_in.unpack(drawn["images105"][chosen])
     labels = torch.arange(len(chosen)).repeat_interleave(images.shape[1])
     return (torch.from_numpy(images.reshape(-1, 1, *images.shape[-2:])), labels,
             [str(drawn["class_names"][i]) for i in chosen], [str(drawn["scripts"][i]) for i in chosen])
@@ -167,8 +167,7 @@ def part_of_imagenet_files(name, folder, layout, split):
                 raise ValueError(f"{file.name} has no columns filename and label: get it again")
             rows = [(folder / "images" / row["filename"], row["label"]) for row in found]
     else:
-        rows = [(file, file.parent.name) for file in sorted((folder / split).glob("*/*"))
-                if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
+        rows = [(file, file.parent.name) for file in packs.image_files(folder / split, "*/*")]
     absent = [file for file, _ in rows if not file.exists()]
     if absent or not rows:
         first = f" (first: {absent[0]})" if absent else ""
@@ -221,8 +220,7 @@ def imagenet_files(folder):
     root = folder / "train" if (folder / "train").is_dir() else folder
     classes = [name for name in os.listdir(root) if re.fullmatch(r"n\d{8}", name)] if root.is_dir() else []
     classes.sort(key=lambda wnid: (SPLITS.index(imagenet_split(wnid)), wnid))
-    rows = [(root / wnid / name, wnid) for wnid in classes for name in sorted(os.listdir(root / wnid))
-            if name.lower().endswith((".jpeg", ".jpg", ".png"))]
+    rows = [(file, wnid) for wnid in classes for file in packs.image_files(root / wnid, "*")]
     if not rows:
         raise FileNotFoundError(f"no images in {root}/n01440764/*.JPEG and so on: unpack ILSVRC2012_img_train.tar and "
                                 "the 1000 archives in it, one folder for each class")
@@ -238,13 +236,13 @@ def pack_imagenet(folder, out):
     files, labels = imagenet_files(folder)
     array, archive = out / "imagenet.npy", out / "imagenet.npz"
     stamp = hashlib.sha256("\n".join(f"{file.parent.name}/{file.name}" for file in files).encode()).hexdigest()[:16]
-    packed = array.exists() and archive.exists() and packs.read_archive(archive, "stamp")[0] == stamp
-    if not packed:
-        packs.append_images(array, files, 224, stamp)
-        classes = list(dict.fromkeys(labels))
-        number = {wnid: i for i, wnid in enumerate(classes)}
-        packs.write_archive(archive, labels=np.array([number[wnid] for wnid in labels], np.int16),
-                            class_names=np.array(classes), stamp=np.array(stamp))
+    with packs.alone(array):  # of several runs one packs
+        if not (array.exists() and archive.exists() and packs.read_archive(archive, "stamp")[0] == stamp):
+            packs.append_images(array, files, 224, stamp)
+            classes = list(dict.fromkeys(labels))
+            number = {wnid: i for i, wnid in enumerate(classes)}
+            packs.write_archive(archive, labels=np.array([number[wnid] for wnid in labels], np.int16),
+                                class_names=np.array(classes), stamp=np.array(stamp))
     return [array, archive]
 
 

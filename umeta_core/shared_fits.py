@@ -2,10 +2,12 @@
 
 A shared fit is what `encode` needs of a finished fit: the encoder's weights, matrices in half precision, with the
 settings of the fit and who made it. Whoever takes one has the vectors on which the records in ``results`` stand.
+``python -m umeta_core.shared_fits FIT_FILE`` makes one, in ``results/fits``.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -18,12 +20,14 @@ from .results import REPOSITORY
 FOLDER = REPOSITORY / "results" / "fits"
 
 
-def share(model: Embedding, checkpoint: str | Path, path: str | Path) -> None:
+def share(model: Embedding | type[Embedding], checkpoint: str | Path, path: str | Path) -> None:
     """Write the encoder of the finished fit in `checkpoint`, which is one of `model`'s kind, as a shared fit.
 
-    ValueError: the fit is not finished, or a weight is beyond the range of half precision.
+    ValueError: this is no fit's checkpoint, or not a finished one, or a weight is beyond the range of half precision.
     """
     state = read(checkpoint)
+    if not {"model", "epoch", "config", "history"} <= state.keys():
+        raise ValueError(f"{checkpoint} is not the checkpoint of a fit; name one that `fit` wrote")
     if state["epoch"] < state["config"]["epochs"]:
         there = f"{state['epoch']} of {state['config']['epochs']}"
         raise ValueError(f"{checkpoint} is at epoch {there}; finish the fit first")
@@ -68,7 +72,25 @@ def take(name: str, target: Path) -> None:
         shutil.copyfile(FOLDER / name, partial)
 
 
-def _encodes(model: Embedding, name: str) -> bool:
+def main(arguments: list[str] | None = None) -> None:
+    """Share the fit in a file, under the file's name."""
+    parser = argparse.ArgumentParser(prog="python -m umeta_core.shared_fits", description=main.__doc__)
+    parser.add_argument("fit", type=Path, metavar="FIT_FILE", help="what a finished fit of an embedding wrote")
+    fit = parser.parse_args(arguments).fit
+    share(_kind(fit), fit, FOLDER / fit.name)
+
+
+def _kind(fit: Path) -> type[Embedding]:
+    """The class of the embedding in a checkpoint; one whose `encode` uses all of it may be any, so the base class."""
+    from .embeddings.acai import ACAI
+    from .embeddings.bigan import BiGAN, ConvBiGAN
+    from .embeddings.simclr import SimCLR
+
+    name = read(fit).get("config", {}).get("model")
+    return {kind.__name__: kind for kind in (ACAI, BiGAN, ConvBiGAN, SimCLR)}.get(name, Embedding)
+
+
+def _encodes(model: Embedding | type[Embedding], name: str) -> bool:
     return name.startswith(model.encoder_parts)
 
 
@@ -79,3 +101,7 @@ def _half(name: str, value):
     if not torch.isfinite(value.half()).all():
         raise ValueError(f"{name} has weights that are not finite in half precision")
     return value.half()
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .packs import atomic
+from .packs import atomic, load_tensors
 
 
 def snapshots_of(checkpoint) -> Path:
@@ -46,7 +46,7 @@ def select(
         ``{"validation": [[step, value], ...], "validation_seconds": float}``.
 
     Raises:
-        ValueError: a snapshot is missing.
+        ValueError: a snapshot is missing or damaged, or so is what was validated.
     """
     due = [*range(every, steps, every), steps]
     missing = [str(step) for step in due if not _file(folder, step).is_file()]
@@ -72,7 +72,10 @@ def select(
 
 
 def selected(folder, row: str) -> dict | None:
-    """The weights that a row has chosen, or has rated highest so far; None: it has not validated any."""
+    """The weights that a row has chosen, or has rated highest so far; None: it has not validated any.
+
+    Raises ValueError for a damaged file.
+    """
     done = _validated(folder, row)
     values = dict(done.get("values", []))
     chosen = done.get("chosen", max(values, key=values.get, default=None))
@@ -81,7 +84,10 @@ def selected(folder, row: str) -> dict | None:
 
 def _validated(folder, row: str) -> dict:
     file = _values_file(folder, row)
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it to validate afresh") from None
 
 
 def _values_file(folder, row: str) -> Path:
@@ -93,4 +99,4 @@ def _file(folder, step: int) -> Path:
 
 
 def _weights(folder, step: int) -> dict:
-    return torch.load(_file(folder, step), map_location="cpu", weights_only=True)
+    return load_tensors(_file(folder, step), "snapshot")

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import copy
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from .episodes import Episodes
-from .packs import atomic
+from .packs import atomic, load_tensors
 from .results import provenance
 from .snapshots import clear, take
 from .speed import rank, world
@@ -89,7 +88,9 @@ def train(
 
     Raises:
         NonFiniteLoss: the loss is not finite; nothing is written from then on.
-        ValueError: the checkpoint belongs to another run (the message names the fields that differ).
+        ValueError: the checkpoint belongs to another run (the message names the fields that differ), is beyond `steps`,
+            did not keep the best weights that are asked for, or has the random numbers of another kind of device; fewer
+            tasks than processes; snapshots without `validate_every`.
     """
     if snapshots and not validate_every:
         raise ValueError("snapshots are taken every `validate_every` steps; say how many")
@@ -97,6 +98,8 @@ def train(
                  lr=lr(0) if callable(lr) else lr)  # fmt: skip
     run = _Run(learner, source, config=fixed, schedule=lr if callable(lr) else None, prepare=prepare, device=device,
                checkpoint=checkpoint)  # fmt: skip
+    if keep_best and run.history["validation"] and run.best is None:
+        raise ValueError(f"{checkpoint} did not keep its best weights; go on without keep_best, or with another file")
     if run.step > steps:
         raise ValueError(f"{checkpoint} is at step {run.step:,}, beyond the {steps:,} asked for; choose another file")
     if run.step < steps and not run.is_stale(patience):
@@ -126,7 +129,7 @@ def train(
     report.close()
     if run.step < steps:
         run.history["stopped"] = run.step
-    if run.best is not None:
+    if keep_best and run.best is not None:
         learner.load_state_dict(run.best)
     return run.history | {"made_by": run.made_by}
 
@@ -262,7 +265,6 @@ class _Run:
             "recent": self.recent,
             "best": self.best,
             "source": self.source.state_dict() if hasattr(self.source, "state_dict") else None,
-            "versions": versions(),
             "made_by": self.made_by,
         }
         with atomic(self.checkpoint) as partial:
@@ -340,21 +342,10 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         ValueError: the file is not a checkpoint, or is damaged.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        whole = {"step", "learner", "optimizer", "generator", "config", "history"} <= set(state)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):  # not damage
-        raise
-    except Exception:
-        whole = False
-    if not whole:
+    state = load_tensors(path, "checkpoint")
+    if not {"step", "learner", "optimizer", "generator", "config", "history"} <= set(state):
         raise ValueError(f"{path} is not a readable checkpoint; delete it to start afresh")
     return state
-
-
-def versions() -> dict[str, str]:
-    """What the numbers may depend on."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}
 
 
 def _processes(device) -> tuple[int, int]:
