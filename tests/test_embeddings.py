@@ -111,6 +111,14 @@ def test_images_of_another_shape_are_refused(model):
         model.embed(pictures(3)[:, :, :1].expand(-1, -1, 29, -1))
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.int64])
+def test_images_of_another_type_are_refused_and_left_alone(kind):
+    images = torch.ones(3, 1, 28, 28, dtype=kind)
+    with pytest.raises(ValueError, match="images are uint8, 0 to 255, not torch"):
+        small().embed(images)
+    assert (images == 1).all()
+
+
 def test_pca_pixels_are_those_of_scikit_learn():
     decomposition = pytest.importorskip("sklearn.decomposition")
     images = pictures(300)

@@ -242,6 +242,14 @@ def test_impossible_networks(settings, message):
         small(**settings)
 
 
+def test_images_that_are_no_bytes_are_refused_and_stay_as_they_are():
+    x = bars(64)[0] / 255
+    before = x.clone()
+    with pytest.raises(ValueError, match="images are uint8"):
+        small(whiten="own").embed(x)
+    assert torch.equal(x, before)
+
+
 def test_impossible_images():
     x, _ = bars(64)
     with pytest.raises(ValueError, match="call fit first"):

@@ -54,6 +54,11 @@ def test_flat_labels_are_positions_on_the_way_axis():
     assert ys.tolist() == [[0, 0, 1, 1, 2, 2]] * 2 and yq.tolist() == [[0, 1, 2]] * 2
 
 
+def test_a_slice_knows_the_number_of_its_first_task():
+    tasks = Episodes(torch.rand(5, 2, 1, 3), torch.rand(5, 2, 1, 3), first=20)
+    assert [part.first for part in (tasks[:2], tasks[3:], tasks[-2:], tasks[-9:], tasks[9:])] == [20, 23, 23, 20, 25]
+
+
 def test_partition_leaves_out_and_prunes():
     images = numbered()
     partition = torch.full((48,), -1)

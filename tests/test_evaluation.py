@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 from test_training import source
@@ -53,13 +54,20 @@ def test_chunks_respect_the_bound_and_the_order():
     assert sizes == [2, 2, 2, 1] and out.flatten().tolist() == list(range(7))
 
 
-def test_curve_ends_where_evaluate_does_and_says_its_protocol():
+def test_curve_ends_where_evaluate_does():
     maml = MAML(Conv4(1, 16, 4, way=3, norm="shift", generator=torch.Generator().manual_seed(0)), 0.1, test_steps=4)
     task = {"way": 3, "shot": 1, "query": 2, "tasks": 25, "seed": 1}
     curve = evaluate_curve(maml, source(), [0, 2, 4], **task)
     assert torch.equal(curve[2].accuracies, evaluate(maml, source(), **task).accuracies)
-    assert [c.protocol["steps"] for c in curve] == [0, 2, 4]
-    assert curve[0].protocol == {"dataset": "patterns", "split": "train", **task, "steps": 0}
+    with pytest.raises(ValueError, match=r"steps \[4, 0\] are not ascending"):
+        evaluate_curve(maml, source(), [4, 0], **task)
+
+
+@pytest.mark.parametrize("none", ["tasks", "way", "shot", "query"])
+def test_nothing_to_evaluate_is_refused(none):
+    task = {"tasks": 20, "way": 3, "shot": 1, "query": 2} | {none: 0}
+    with pytest.raises(ValueError, match="{tasks} tasks of {way} classes with {shot} . {query} images".format(**task)):
+        evaluate(Guess(), source(), **task)
 
 
 def test_a_module_is_tested_in_evaluation_mode_and_goes_back():

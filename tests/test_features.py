@@ -234,7 +234,7 @@ def test_autocast_on_the_cpu_gives_nearly_the_same():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: small(views="five"), "views='five' is not known; use one of center, multi"),
+    (lambda: small(views="five"), "views='five' is not known; use center or multi"),
     (lambda: small(depth=12), "no wide residual network has a depth of 12; use 10, 16"),
     (lambda: small(input=6), "6x6 are too small for three halvings"),
     (lambda: small().embed(random_images(2, 28)), r"takes images of \(1, 23, 23\), these are \(1, 28, 28\)"),

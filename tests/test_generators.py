@@ -341,7 +341,7 @@ def test_vae_embeds_as_its_posterior_mean():
     assert mean.shape == std.shape == (8, 3) and (std > 0).all()
     torch.testing.assert_close(model.embed(images), mean.detach())
     torch.testing.assert_close(model.encode(images / 255), mean)
-    with pytest.raises(ValueError, match=r"\(1, 20, 20\), but this VAE was made for \(1, 28, 28\)"):
+    with pytest.raises(ValueError, match=r"this VAE takes images of \(1, 28, 28\), these are \(1, 20, 20\)"):
         model.embed(pictures(2, size=20))
 
 

@@ -59,7 +59,7 @@ def test_maps_without_padding_have_the_sides_of_the_released_network():
     assert small.features == 64 and Conv4(1, 28, 64, downsample="stride").features == 256
     with pytest.raises(ValueError, match="28x28 are too small for four blocks; use at least 46x46"):
         Conv4(1, 28, 32, padding=0)
-    with pytest.raises(ValueError, match="padding=2 is not known; use one of 0, 1"):
+    with pytest.raises(ValueError, match="padding=2 is not known; use 0 or 1"):
         Conv4(1, 28, 32, padding=2)
 
 

@@ -340,10 +340,10 @@ def test_both_learners_train_on_both_sources():
 def test_bad_options_are_refused():
     data = photos()
     for options, message in (
-        ({"policy": "noise"}, "policy='noise' is not known; use one of N, RO, OC"),
+        ({"policy": "noise"}, "policy='noise' is not known; use N, RO or OC"),
         ({"anchors": "real"}, "anchors='real'"),
         ({"sign": 2}, "sign=2"),
-        ({"fill": "white"}, "fill='white' is not known; use one of ink, background, None"),
+        ({"fill": "white"}, "fill='white' is not known; use ink, background or None"),
         ({"ahead": 0}, "ahead=0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -104,6 +104,12 @@ def test_bad_rows_and_names_are_refused():
         rule.fit(rows, steps=1).features(rows[:1])
 
 
+def test_features_of_an_array_are_those_of_a_tensor():
+    rows = torch.randint(256, (40, 6), dtype=torch.uint8, generator=generator())
+    trained = UpdateRule("small").fit(rows.numpy(), steps=1)
+    assert torch.equal(trained.features(rows.numpy()), trained.features(rows))
+
+
 def test_meta_gradient_against_finite_differences():
     # Small steps, so that no ReLU changes sides within a difference.
     rule, phi, x = setting(tasks=1, widths=(5, 4, 32), batch=6, steps=2, seed=1)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from umeta_core.data import load
 from umeta_core.episodes import Episodes, PartitionTasks
+from umeta_core.evaluation import in_chunks
 from umeta_core.leo import LEO, deviation, keep_mask, support_loss
 from umeta_core.training import train
 
@@ -265,6 +266,18 @@ def test_random_prior_needs_no_encoder():
     sampled = small(prior="random at test")
     assert sampled.adapt(e.support).codes[0].abs().max() > 0
     assert torch.equal(sampled.predict(e), sampled.predict(e))
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_noise_at_test_is_the_task_s_own_whatever_fits_the_memory(copies):
+    model, e = small(prior="random at test", copies=copies), episodes(tasks=5)
+    e.first = 20
+    whole, alone = (in_chunks(model.predict, e, images) for images in (1000, 1))
+    torch.testing.assert_close(alone, whole)
+    codes = model.adapt(e.support, first=20).codes[0]
+    assert len({tuple(code.flatten().tolist()) for code in codes}) == 5, "tasks do not share their noise"
+    assert torch.equal(model.adapt(e.support[2:], first=22).codes[0], codes[2:])
+    assert model.draws == 0, "a test does not count as a step of training"
 
 
 # Mistakes of public ports --------------------------------------------------------------------------------------------

@@ -67,12 +67,13 @@ def test_steps_of_leo_are_the_gradients_mapped_by_the_decoder():
     assert torch.allclose(lengths[:, 0], first.flatten(1).norm(dim=1))
 
 
-def test_path_of_meta_sgd_ends_where_prediction_starts():
+@pytest.mark.parametrize("inner_loss", ["sum", "mean"])
+def test_path_of_meta_sgd_ends_where_prediction_starts(inner_loss):
     from umeta_core.episodes import Episodes
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 7, generator=generator)
-    learner = MAML(LinearHead(7, 3, generator), 0.5, 5, 5, meta_sgd=True)
+    learner = MAML(LinearHead(7, 3, generator), 0.5, 5, 5, meta_sgd=True, inner_loss=inner_loss)
     e = Episodes(x[:, :, :2], x[:, :, 2:])
     xs, ys, xq, _ = e.flat()
     path = meta_sgd_path(learner, xs, ys)

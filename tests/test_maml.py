@@ -144,7 +144,7 @@ def test_chunks_of_tasks_on_threads_change_nothing(monkeypatch, threads):
 
 
 def test_predictions_follow_the_plain_loop_step_by_step():
-    maml, tasks = MAML(network(norm="affine"), 0.1, adapt_norm=True, test_lr=0.05), episodes(tasks=1)
+    maml, tasks = MAML(network(norm="affine"), 0.05, adapt_norm=True), episodes(tasks=1)
     curve = maml.predict_curve(tasks, [0, 1, 4])
     xs, ys, xq, _ = (a[0] for a in tasks.flat())
     params = maml.network.tensors()
@@ -291,17 +291,24 @@ def test_bad_options_are_refused():
         MAML(Conv4(1, 16, 4))
     with pytest.raises(ValueError, match="inner_loss='total'"):
         MAML(network(), inner_loss="total")
-    with pytest.raises(ValueError, match="learns its rates"):
-        MAML(network(), meta_sgd=True, test_lr=0.1)
     with pytest.raises(ValueError, match="too small"):
         Conv4(1, 8, 4)
     with pytest.raises(ValueError, match="downsample='dilate'"):
         Conv4(downsample="dilate")
+    with pytest.raises(ValueError, match="norm='affine' is not known; use None or shift"):
+        MLP([6, 5, 4], norm="affine")
+
+
+@pytest.mark.parametrize("steps", [[], [2, 1], [1, 1]])
+def test_steps_of_a_curve_ascend(steps):
+    for net in (network(), MLP([256, 8, 3])):
+        with pytest.raises(ValueError, match="are not ascending; name each once, in order"):
+            MAML(net).predict_curve(episodes(), steps)
 
 
 def test_rates_may_be_whole_numbers():
     """A step size of 1 is a number like others."""
-    whole, exact = MAML(network(), 1, inner_steps=1, test_lr=1), MAML(network(), 1.0, inner_steps=1, test_lr=1.0)
+    whole, exact = MAML(network(), 1, inner_steps=1), MAML(network(), 1.0, inner_steps=1)
     torch.testing.assert_close(whole.loss(episodes())[0], exact.loss(episodes())[0])
     torch.testing.assert_close(whole.predict(episodes()), exact.predict(episodes()))
 

@@ -512,6 +512,11 @@ def test_images_may_be_encoded_once_before_the_tasks():
     torch.testing.assert_close(*results)
     one = model.eval().features(data.images[3:4, None].float().div(255))[0]
     torch.testing.assert_close(features[3:4], one)
+    pixels = data.images.float()
+    before = pixels.clone()
+    with pytest.raises(ValueError, match="images are uint8"):
+        model.embed(pixels)
+    assert torch.equal(pixels, before)
 
 
 def test_networks_of_other_widths_are_refused():

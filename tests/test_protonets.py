@@ -5,7 +5,7 @@ from torch import nn
 
 from umeta_core.episodes import Episodes
 from umeta_core.networks import Conv4
-from umeta_core.protonets import ProtoNet
+from umeta_core.protonets import ProtoNet, squared_distances
 
 
 @pytest.fixture(autouse=True)
@@ -108,3 +108,5 @@ def test_bad_options_are_refused():
         ProtoNet(network(), distance="cosine")
     with pytest.raises(ValueError, match="batch_norm='frozen'"):
         ProtoNet(network(), batch_norm="frozen")
+    with pytest.raises(ValueError, match="reduce='average' is not known; use sum or mean"):
+        squared_distances(torch.rand(1, 2, 3), torch.rand(1, 2, 3), "average")

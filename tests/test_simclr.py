@@ -100,7 +100,7 @@ def test_colors_are_normalized_by_imagenet():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="20x20 are too small"):
         SimCLR(size=20)
-    with pytest.raises(ValueError, match="'linear' is not known; use one of released"):
+    with pytest.raises(ValueError, match="'linear' is not known; use released, cosine or constant"):
         SimCLR(schedule="linear")
     with pytest.raises(ValueError, match=r"takes images of \(3, 32, 32\)"):
         SimCLR(size=32).embed(random_images(2, 40))

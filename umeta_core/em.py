@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import one_of
+
 FLOOR = 1e-4  # least variance of a component in each dimension
 EMPTY = 1e-6  # a component that is responsible for less than this many vectors stays where it is
 
@@ -169,9 +171,8 @@ def _equal(z: Tensor, k: int) -> Tensor:
 
 
 def _check(z: Tensor, start: Mixture, covariance: str, e_step: str, floor: float, iterations: int) -> None:
-    for what, value in (("covariance", covariance), ("e_step", e_step)):
-        if value not in ("identity", "diagonal"):
-            raise ValueError(f"{what}={value!r} is not known; use identity or diagonal")
+    one_of("covariance", covariance, ("identity", "diagonal"))
+    one_of("e_step", e_step, ("identity", "diagonal"))
     if covariance == "identity" and e_step == "diagonal":
         raise ValueError("e_step='diagonal' needs covariance='diagonal': there are no variances to assign with")
     if floor <= 0:

@@ -40,7 +40,7 @@ class Episodes:
         return self.tasks
 
     def __getitem__(self, tasks: slice) -> Episodes:
-        return Episodes(self.support[tasks], self.query[tasks], self.first + (tasks.start or 0))
+        return Episodes(self.support[tasks], self.query[tasks], self.first + tasks.indices(len(self))[0])
 
     def to(self, device) -> Episodes:
         return Episodes(self.support.to(device), self.query.to(device), self.first)

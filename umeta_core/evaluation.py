@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,10 +16,9 @@ _BLOCK = 20  # tasks drawn at a time: fixed, so that every learner sees the same
 
 @dataclass
 class Evaluation:
-    """Per-task accuracies ``[tasks]`` in [0, 1] and the protocol they were measured under."""
+    """Per-task accuracies ``[tasks]`` in [0, 1]."""
 
     accuracies: Tensor
-    protocol: dict = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -42,7 +41,13 @@ def interval(accuracies: Tensor) -> float:
 
 
 def sample_blocks(source, tasks: int, way: int, shot: int, query: int, seed: int, device="cpu"):
-    """Yield `tasks` test episodes in blocks; the same seed gives the same tasks to every learner."""
+    """Yield `tasks` test episodes in blocks; the same seed gives the same tasks to every learner.
+
+    ValueError: a number below 1.
+    """
+    if min(tasks, way, shot, query) < 1:
+        raise ValueError(f"{tasks} tasks of {way} classes with {shot} + {query} images each are nothing to evaluate; "
+                         "use 1 or more of each")  # fmt: skip
     generator = torch.Generator(device=device).manual_seed(seed)
     for done in range(0, tasks, _BLOCK):
         block = source.sample(_BLOCK, way, shot, query, generator)
@@ -60,15 +65,18 @@ def in_chunks(predict, episodes: Episodes, max_images: int) -> Tensor:
 def evaluate(
     learner, source, *, way: int, shot: int, query: int = 5, tasks: int = 1000, seed: int = 0, max_images: int = 2000
 ) -> Evaluation:
-    """Mean accuracy over `tasks` episodes of `source`, 1000 as in the papers.
+    """Mean accuracy over `tasks` episodes of `source`, 1000 as in CACTUs, LASIUM and Meta-GMVAE.
 
     Args:
         learner: anything with ``predict(episodes) -> logits [T, N*Q, N]``.
         max_images: how many images are handled at once; lower it if memory runs out.
+
+    Raises:
+        ValueError: way, shot, query or tasks below 1.
     """
     task = {"way": way, "shot": shot, "query": query, "tasks": tasks, "seed": seed}
     (correct,) = _correct(learner, lambda e: learner.predict(e).unsqueeze(0), source, max_images, **task)
-    return Evaluation(correct, _protocol(source, **task))
+    return Evaluation(correct)
 
 
 def evaluate_curve(
@@ -83,11 +91,10 @@ def evaluate_curve(
     seed: int = 0,
     max_images: int = 2000,
 ) -> list[Evaluation]:
-    """As `evaluate`, after each number of adaptation steps in `at`, on the same tasks."""
+    """As `evaluate`, after each number of adaptation steps in `at`, which ascend, on the same tasks."""
     task = {"way": way, "shot": shot, "query": query, "tasks": tasks, "seed": seed}
     correct = _correct(learner, lambda e: learner.predict_curve(e, at), source, max_images, **task)
-    protocol = _protocol(source, **task)
-    return [Evaluation(a, {**protocol, "steps": s}) for a, s in zip(correct, at)]
+    return [Evaluation(a) for a in correct]
 
 
 def _correct(learner, predict, source, max_images: int, *, tasks: int, way: int, shot: int, query: int, seed: int):
@@ -111,12 +118,6 @@ def _testing(learner):
     finally:
         if was:
             learner.train()
-
-
-def _protocol(source, way, shot, query, tasks, seed) -> dict:
-    images = getattr(source, "images", None)
-    data = {} if images is None else {"dataset": images.name, "split": images.split}
-    return {**data, "way": way, "shot": shot, "query": query, "tasks": tasks, "seed": seed}
 
 
 def _device(source):

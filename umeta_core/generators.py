@@ -40,7 +40,6 @@ class Generator(Embedding):
     latent: int
     shape: tuple[int, int, int]
     sphere = False  # whether z lies on the unit sphere
-    autocast: bool | None = False
     watch: Callable[[Generator, int], None] | None = None
 
     def decode(self, z: Tensor) -> Tensor:
@@ -73,15 +72,9 @@ class Generator(Embedding):
 
     def _pixels(self, images: Tensor) -> Tensor:
         """What the networks see of images, uint8 or in [0, 1]."""
-        if images.shape[1:] != self.shape:
-            raise ValueError(f"images of shape {tuple(images.shape[1:])}, but this {type(self).__name__} was made for "
-                             f"{self.shape}; make one of their shape")  # fmt: skip
+        self.check_shape(images)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         return images.contiguous(memory_format=torch.channels_last)
-
-    def _autocast(self, x: Tensor):
-        enabled = x.is_cuda if self.autocast is None else self.autocast
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=enabled)
 
     def _ready(self, generator: torch.Generator | None) -> None:
         """Initial weights, and the memory format that is fastest on CPU and GPU."""
@@ -126,7 +119,8 @@ class VAE(Generator):
         if norm not in ("batch", "fixed"):
             raise ValueError(f"norm is 'batch' or 'fixed', not {norm!r}")
         down, up = layers or LAYERS[size]
-        self.shape, self.d = (channels, size, size), latent or LATENT.get(size, 20)
+        self.shape = self.takes = (channels, size, size)
+        self.d = latent or LATENT.get(size, 20)
         self.latent, self.lr, self.norm, self.autocast = self.d, lr, norm, autocast
         self.beta = 1 / self.d if beta is None else beta
         enlarged = math.prod(stride for *_, stride in up)
@@ -182,12 +176,12 @@ class VAE(Generator):
         return self
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with self._autocast(x):
+        with self.autocast_for(x):
             h = self.encoder(x)
         return self.mean(_full(h)), self.log_var(_full(h))
 
     def _logits(self, z: Tensor) -> Tensor:
-        with self._autocast(z):
+        with self.autocast_for(z):
             return _full(self.decoder(z))
 
 
@@ -234,7 +228,8 @@ class MSGAN(Generator):
             raise ValueError(f"MSGAN takes images of a size divisible by 4, not {size}x{size}; load them resized")
         if ratio not in ("released", "original"):
             raise ValueError(f"ratio is 'released' or 'original', not {ratio!r}")
-        self.shape, self.latent, self.lr, self.autocast = (channels, size, size), latent, lr, autocast
+        self.shape = self.takes = (channels, size, size)
+        self.latent, self.lr, self.autocast = latent, lr, autocast
         self.ratio, self.seeking = ratio, seeking
         side = size // 4
         self.generator = nn.Sequential(
@@ -261,27 +256,22 @@ class MSGAN(Generator):
         made = self.decode(z[: 2 * n])
         judged = self.discriminate(torch.cat([made[:n].detach(), x])).view(2, n)
         theirs = discriminator_loss(judged, label_noise)
-        self._move(self.opt[0], theirs, self.discriminator)
+        self.move(self.opt[0], theirs, self.discriminator)
         deceiving = F.softplus(self.discriminate(made).view(2, n).sum(0)).mean()  # cross-entropy with label 0
         first = z[:n] if self.ratio == "original" else z[2 * n :]
         modes = mode_seeking(made[:n], made[n:], first, z[n : 2 * n], self.ratio)
-        self._move(self.opt[1], deceiving + self.seeking * modes, self.generator)
+        self.move(self.opt[1], deceiving + self.seeking * modes, self.generator)
         return {"discriminator": theirs, "generator": deceiving, "modes": modes}
 
     def decode(self, z: Tensor) -> Tensor:
-        with self._autocast(z):
+        with self.autocast_for(z):
             logits = _full(self.generator(z))
         return logits.sigmoid()
 
     def discriminate(self, x: Tensor) -> Tensor:
         """Logits ``[n]`` of being generated, of images ``[n, C, H, W]`` in [0, 1]."""
-        with self._autocast(x):
+        with self.autocast_for(x):
             return _full(self.discriminator(x)).squeeze(1)
-
-    def _move(self, optimizer: torch.optim.Optimizer, loss: Tensor, network: nn.Module) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=list(network.parameters()))
-        optimizer.step()
 
 
 def discriminator_loss(logits: Tensor, label_noise: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augmentation import shift
+from .checks import one_of
 from .data import ImageSet
 from .embeddings.base import Embedding
 from .episodes import Episodes, sample_without_replacement
@@ -91,10 +92,10 @@ class LatentTasks:
         epsilon: float | None = None, sign: int = 1, own_noise: float = 1.0, shift: int = 5, fill: str | None = "ink",
         ahead: int = 1,
     ):  # fmt: skip
-        for what, value, known in (("policy", policy, POLICIES), ("anchors", anchors, ("prior", "encoded")),
-                                   ("sign", sign, (1, -1)), ("fill", fill, (*FILLS, None))):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"{what}={value!r} is not known; use one of {', '.join(map(str, known))}")
+        one_of("policy", policy, POLICIES)
+        one_of("anchors", anchors, ("prior", "encoded"))
+        one_of("sign", sign, (1, -1))
+        one_of("fill", fill, (*FILLS, None))
         if ahead < 1:
             raise ValueError(f"ahead={ahead} calls cannot be made at once; use 1 or more")
         if not hasattr(generator, "latent") or not hasattr(generator, "generate"):

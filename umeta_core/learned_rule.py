@@ -142,7 +142,7 @@ class UpdateRule(nn.Module):
         self.merge_shift = nn.Parameter(torch.zeros(()))
 
     def top_error(self, x: Tensor) -> Tensor:
-        """topD: the first error signal d^L ``[T, N_L, B, C_d]`` from the embedding x^L ``[T, N_L, B]`` (App. 65-76)."""
+        """topD: the first error signal d^L ``[T, N_L, B, C_d]`` from the embedding x^L ``[T, N_L, B]`` (App. 65-79)."""
         y = self.top[0](x[..., None], along=2)
         y = y.permute(0, 3, 2, 1)  # the units become the channels: here they are mixed densely
         y = self.top[2](self.top[1](y, along=2), along=2)
@@ -150,7 +150,7 @@ class UpdateRule(nn.Module):
         return self.top_out(self.top[4](self.top[3](y, along=2), along=2), along=2)
 
     def hidden(self, d: Tensor, x: Tensor, z: Tensor, b: Tensor, below: Tensor | None, above: Tensor | None) -> Tensor:
-        """computeH: the state h^l ``[T, N_l, B, C_h]`` of every neuron on every example (App. 77-103).
+        """computeH: the state h^l ``[T, N_l, B, C_h]`` of every neuron on every example (App. 80-104).
 
         d: ``[T, N_l, B, C_d]``; x, z: ``[T, N_l, B]``; b: ``[T, N_l]``; below: W^l or None at the input; above:
         W^{l+1} or None at the embedding.
@@ -217,8 +217,8 @@ class UpdateRule(nn.Module):
         return planes
 
     def merged(self, w: Tensor, planes: dict[str, Tensor]) -> Tensor:
-        """One change from all planes (App. 58-62) (eq-rule-merge): a weighted mean, from which is taken off what
-        would shrink the matrix as a whole, before its columns are bounded (App. 61)."""
+        """One change from all planes (App. 59-62) (eq-rule-merge): a weighted mean, from which is taken off what
+        would shrink the matrix as a whole (App. 61), before its columns are bounded (App. 62)."""
         n = len(self.planes)
         change = sum(m * bounded(planes[name]) for m, name in zip(self.merge, self.planes))
         change = (change + self.merge_shift) / n
@@ -325,10 +325,11 @@ class Trained(NamedTuple):
     activation: str
 
     def features(self, x: Tensor) -> Tensor:
-        """The embedding ``[n, 32]`` of rows x ``[n, N_0]``, with batch norm over these n rows together.
+        """The embedding ``[n, 32]`` of rows x ``[n, N_0]``, as in `fit`, with batch norm over these n rows together.
 
         ValueError: fewer than two rows, of which batch norm would leave nothing.
         """
+        x = torch.as_tensor(x)
         if len(x) < 2:
             raise ValueError("features of fewer than two rows: batch norm needs others beside it, give them together")
         return run_network(self.phi, as_float(x)[None], self.activation)[0][-1][0]

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .checks import one_of
 from .episodes import Episodes
 from .fast_leo import QueryLoss
 from .losses import accuracy, cross_entropy
 from .networks import glorot_uniform
+from .noise import CountedNoise
 from .training import noise_of_call
 
 
@@ -32,7 +34,7 @@ class Adaptation:
     noise: Tensor | None
 
 
-class LEO(nn.Module):
+class LEO(CountedNoise, nn.Module):
     """Encode the support set into a code for each class, decode it into the class's weights of a linear softmax
     classifier without bias, adapt the code by gradient descent, then the weights.
 
@@ -60,7 +62,7 @@ class LEO(nn.Module):
         dropout: probability of dropping an input feature, anew at every use (training only).
         kl, encoder_penalty, l2, orthogonality: beta, gamma, lambda_1 and lambda_2 of equations 6 and 7.
         latent_lr, weight_lr: initial inner step sizes; one for each of the n_z and d dimensions is meta-learned.
-        seed: of dropout and sampling.
+        seed: of dropout and sampling. At test time each task has noise of its own, the same in every call.
         generator: source of the initial weights (Glorot uniform).
 
     The reference code has three more habits that the paper does not mention: the inner loss is the sum over the support
@@ -79,16 +81,14 @@ class LEO(nn.Module):
         seed=0, generator: torch.Generator | None = None,
     ):
         super().__init__()
-        for what, value, known in (
-            ("prior", prior, ("encoder", "random", "random at test")), ("reduce", reduce, ("mean", "sum")),
-            ("spread", spread, ("shifted", "exp")), ("nan_rule", nan_rule, ("released", "intended")),
-            ("clip", clip, ("variable", "whole")),
-        ):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"{what}={value!r} is not known; use {', '.join(known[:-1])} or {known[-1]}")
+        one_of("prior", prior, ("encoder", "random", "random at test"))
+        one_of("reduce", reduce, ("mean", "sum"))
+        one_of("spread", spread, ("shifted", "exp"))
+        one_of("nan_rule", nan_rule, ("released", "intended"))
+        one_of("clip", clip, ("variable", "whole"))
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} drops everything or is no probability; use 0 to less than 1")
-        self.features, self.latent, self.seed, self.draws = features, latent, seed, 0
+        self.features, self.latent, self.seed = features, latent, seed
         self.latent_steps, self.weight_steps, self.copies = latent_steps, weight_steps, copies
         self.stochastic, self.prior, self.reduce, self.dropout = stochastic, prior, reduce, dropout
         self.kl, self.encoder_penalty, self.l2, self.orthogonality = kl, encoder_penalty, l2, orthogonality
@@ -153,15 +153,15 @@ class LEO(nn.Module):
 
     # Adaptation --------------------------------------------------------------------------------------------------
 
-    def adapt(self, support: Tensor, noise: torch.Generator | None = None, create_graph=False) -> Adaptation:
-        """Both inner loops on support features ``[T, N, K, d]``. (eq-leo-inner)
+    def adapt(self, support: Tensor, noise: torch.Generator | None = None, create_graph=False, first=0) -> Adaptation:
+        """Both inner loops on support features ``[T, N, K, d]`` of tasks number `first` and on. (eq-leo-inner)
 
         The gradient for one of C copies is 1/C of that for their mean; copies that are all alike, and the weights,
         which only act through their mean, are kept once and move by 1/K of the step size: the same numbers.
         """
         shot, x = support.shape[2], support.flatten(1, 2)
         y = torch.arange(support.shape[1], device=x.device).repeat_interleave(shot).expand(len(x), -1)
-        done = self._initial_codes(support, noise)
+        done = self._initial_codes(support, noise, first)
         z = done.codes[0]
         shrink = shot // z.shape[2] if self.copies else 1
 
@@ -183,20 +183,26 @@ class LEO(nn.Module):
             done.weights.append(w)
         return done
 
-    def _initial_codes(self, support: Tensor, noise: torch.Generator | None) -> Adaptation:
+    def _initial_codes(self, support: Tensor, noise: torch.Generator | None, first=0) -> Adaptation:
         tasks, way, shot = support.shape[:3]
         if self.prior == "encoder":
             mean, sigma = (t.unsqueeze(2) for t in self.encode(support, noise))
         else:
             mean = support.new_zeros(tasks, way, 1, self.latent)
             sigma = torch.ones_like(mean)
-        sampled = noise if self.prior != "random at test" else noise or self._noise(support, test=True)
-        if sampled is None or not self.stochastic:
+        if not self.stochastic or noise is None and self.prior != "random at test":
             return Adaptation([mean if mean.requires_grad else mean.requires_grad_()], [], None, None)
-        copies = shot if self.copies else 1
-        epsilon = _normal(mean.expand(-1, -1, copies, -1), sampled)
+        like = mean.expand(-1, -1, shot if self.copies else 1, -1)
+        epsilon = self._test_noise(like, first) if noise is None else _normal(like, noise)
         z = mean + sigma * epsilon
         return Adaptation([z if z.requires_grad else z.requires_grad_()], [], sigma, epsilon)
+
+    def _test_noise(self, like: Tensor, first: int) -> Tensor:
+        """Standard normal noise like ``[T, ...]`` for tasks number `first` and on; it depends on a task's number alone,
+        so not on how many are handled at once."""
+        return torch.stack(
+            [_normal(task, noise_of_call(like.device, self.seed, first + t)) for t, task in enumerate(like)]
+        )
 
     # Learner -----------------------------------------------------------------------------------------------------
 
@@ -234,7 +240,7 @@ class LEO(nn.Module):
     def predict(self, episodes: Episodes) -> Tensor:
         """Query logits ``[T, N*Q, N]`` after both inner loops, without sampling and dropout."""
         with torch.enable_grad():
-            done = self.adapt(episodes.support)
+            done = self.adapt(episodes.support, first=episodes.first)
         return self.classify(episodes.flat()[2], done.weights[-1])
 
     def divergence(self, done: Adaptation) -> Tensor:
@@ -287,23 +293,6 @@ class LEO(nn.Module):
                 p.grad.mul_(0.1 / p.grad.norm().clamp_min(0.1))
         if self.clip == "whole":
             nn.utils.clip_grad_norm_(parameters, 0.1)
-
-    # Noise -------------------------------------------------------------------------------------------------------
-
-    def _noise(self, like: Tensor, test=False) -> torch.Generator:
-        """A new generator for each call of `loss`, on the device of `like`; each process of several has its own.
-
-        At test it depends on the tasks: the same for the same ones, another for each block of them.
-        """
-        self.draws += not test
-        call = like.double().sum().view(torch.int64).item() % 2**31 if test else self.draws
-        return noise_of_call(like.device, self.seed, call)
-
-    def get_extra_state(self) -> dict:
-        return {"draws": self.draws}
-
-    def set_extra_state(self, state: dict) -> None:
-        self.draws = state["draws"]
 
 
 def deviation(s: Tensor, offset: float = 0.0) -> Tensor:

@@ -51,7 +51,8 @@ def meta_sgd_path(learner: MAML, x: Tensor, y: Tensor) -> list[Tensor]:
     """The weights ``[T, N, d]`` of a linear Meta-SGD classifier before and after each inner step on ``[T, M, d]``."""
     way = int(y.max()) + 1
     params = [p.detach().expand(len(x), *p.shape).clone().requires_grad_() for p in learner.network.tensors(way)]
-    path, weight, rates = [params[0].detach()], way, learner._rates(way, learner.inner_lr)
+    weight = way if learner.inner_loss == "sum" else 1
+    path, rates = [params[0].detach()], learner._rates(way)
 
     def loss(logits, y):
         return weight * cross_entropy(logits, y)

@@ -24,14 +24,13 @@ from .experiments import testing_tasks, trained, untrained
 from .leo import LEO
 from .leo_analysis import codes_see, curvature, meta_sgd_path, singular_values, step_lengths
 from .leo_regression import (
-    ExactPosterior,
     LEORegression,
     Regression,
     RegressionTasks,
     ambiguous_tasks,
     both_families,
     distances,
-    join,
+    tasks_by_belief,
 )
 from .packs import atomic
 from .results import SCALES, provenance, results_folder
@@ -59,10 +58,11 @@ def analyze(learner, source, shot: int, tasks: int, seed: int) -> dict:
     values, lengths = {"weights": [], "codes": []}, []
     for e in sample_blocks(source, tasks, 5, shot, 1, seed):
         x, y, _, _ = e.flat()
-        path = learner.adapt(e.support).weights if isinstance(learner, LEO) else meta_sgd_path(learner, x, y)
+        is_leo = isinstance(learner, LEO)
+        path = learner.adapt(e.support, first=e.first).weights if is_leo else meta_sgd_path(learner, x, y)
         logits = (x @ path[0].transpose(1, 2)).detach().double()
         values["weights"].append(not_zero(curvature(x.double(), logits)))
-        if isinstance(learner, LEO):
+        if is_leo:
             values["codes"].append(not_zero(curvature(codes_see(learner, x).detach().double(), logits)))
         lengths.append(step_lengths(path))
     lengths = torch.cat(lengths)
@@ -118,7 +118,7 @@ def task_codes(model: LEO, source: PartitionTasks, tasks: int, shot: int, seed: 
     number = torch.arange(len(source.features), dtype=source.features.dtype).unsqueeze(1)
     carrying.features = torch.cat([source.features, number], 1)
     for e in sample_blocks(carrying, tasks, 5, shot, 1, seed):
-        path = model.adapt(e.support[..., :-1]).codes
+        path = model.adapt(e.support[..., :-1], first=e.first).codes
         found.append(torch.stack([path[i].detach().mean(2).flatten(0, 1) for i in (0, -1)]))
         images.append(e.support[:, :, 0, -1].long().flatten())
     return torch.cat(found, 1), torch.cat(images), torch.arange(tasks).repeat_interleave(5)
@@ -226,14 +226,7 @@ def certain_tasks(source: RegressionTasks, tasks: int, generator, doubt=0.01) ->
 
     Most tasks are of this kind; drawing goes on until there are enough.
     """
-    found, beliefs = [], []
-    while sum(map(len, found)) < tasks:
-        batch = source.sample(tasks, 1, 5, 15, generator)
-        belief = ExactPosterior(batch, source.noise).line
-        keep = torch.minimum(belief, 1 - belief) < doubt
-        found.append(batch[keep])
-        beliefs.append(belief[keep])
-    return join(found)[:tasks], torch.cat(beliefs)[:tasks]
+    return tasks_by_belief(source, tasks, generator, lambda found: found < doubt, tasks, 15)
 
 
 def sine_and_line(tasks: Regression) -> list[int]:

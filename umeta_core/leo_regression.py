@@ -8,6 +8,7 @@ integrates over every line and sine that a task can have.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import one_of
 from .leo import LEO, deviation
 from .networks import glorot_uniform
 
@@ -78,8 +80,7 @@ class RegressionTasks:
     """
 
     def __init__(self, noise: float = 0.3, family: str = "both"):
-        if family not in ("both", "sine", "line"):
-            raise ValueError(f"family={family!r} is not known; use both, sine or line")
+        one_of("family", family, ("both", "sine", "line"))
         self.noise, self.share = noise, {"both": 0.5, "sine": 0.0, "line": 1.0}[family]
 
     def sample(self, tasks: int, way: int, shot: int, query: int, generator: torch.Generator) -> Regression:
@@ -376,11 +377,23 @@ def ambiguous_tasks(
     """
     if source.share in (0.0, 1.0) or not 0 < low < 0.5:
         raise ValueError(f"no task is ambiguous with family share {source.share} and low={low}; use both and 0 to 0.5")
+    return tasks_by_belief(source, tasks, generator, lambda doubt: doubt >= low, 200, query)
+
+
+def tasks_by_belief(
+    source: RegressionTasks, tasks: int, generator: torch.Generator, wanted: Callable, each: int, query: int
+) -> tuple[Regression, Tensor]:
+    """5-shot tasks of which the exact posterior has a `wanted` doubt, and the belief in a line ``[T]``.
+
+    Args:
+        wanted: maps doubts ``[n]``, the probabilities of the less likely family, to whether such tasks are kept.
+        each: so many tasks are drawn at a time, until enough were kept.
+    """
     found, beliefs, count = [], [], 0
     while count < tasks:
-        batch = source.sample(200, 1, 5, query, generator)
+        batch = source.sample(each, 1, 5, query, generator)
         belief = ExactPosterior(batch, source.noise).line
-        keep = torch.minimum(belief, 1 - belief) >= low
+        keep = wanted(torch.minimum(belief, 1 - belief))
         found.append(batch[keep])
         beliefs.append(belief[keep])
         count += int(keep.sum())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import one_of
 from .episodes import Episodes
 from .fast_conv4 import Head, PatchMoments, TaskNets, to_groups
 from .losses import accuracy, cross_entropy
@@ -59,7 +60,6 @@ class MAML(nn.Module):
     Args:
         network: `Conv4` or `MLP` with a head. Tasks of fewer ways use the head's first outputs (CACTUs, App. E.1).
         inner_lr: step size of adaptation; inner_steps: steps in training; test_steps: steps in `predict`.
-        test_lr: step size in `predict` (None: inner_lr).
         inner_loss: "sum" over the support set divided by K, which is N times the mean (reference code, not in the
             paper: the published numbers need it), or "mean".
         first_order: treat inner gradients as constants.
@@ -75,7 +75,6 @@ class MAML(nn.Module):
         inner_steps=5,
         test_steps=50,
         *,
-        test_lr=None,
         inner_loss="sum",
         first_order=False,
         adapt_norm=False,
@@ -83,14 +82,11 @@ class MAML(nn.Module):
         anil=False,
     ):
         super().__init__()
-        if inner_loss not in ("sum", "mean"):
-            raise ValueError(f"inner_loss={inner_loss!r} is not known; use sum or mean")
+        one_of("inner_loss", inner_loss, ("sum", "mean"))
         if network.way is None:
             raise ValueError("MAML adapts a classifier: give the network a head with way=...")
-        if meta_sgd and test_lr is not None:
-            raise ValueError("Meta-SGD learns its rates; test_lr does not apply")
         self.network = network
-        self.inner_lr, self.inner_steps, self.test_steps, self.test_lr = inner_lr, inner_steps, test_steps, test_lr
+        self.inner_lr, self.inner_steps, self.test_steps = inner_lr, inner_steps, test_steps
         self.inner_loss, self.first_order = inner_loss, first_order
         adapted = [
             (adapt_norm or not norm) and (head or not anil) and t.requires_grad
@@ -104,9 +100,9 @@ class MAML(nn.Module):
                 for t, a in zip(network.tensors(), adapted)
             )
 
-    def _rates(self, way: int, lr: float) -> list:
+    def _rates(self, way: int) -> list:
         if self.rates is None:
-            return [float(lr) if a else 0.0 for a in self.adapted]
+            return [float(self.inner_lr) if a else 0.0 for a in self.adapted]
         return [rate[:way] if head else rate for rate, head in zip(self.rates, self.network.head_mask())]
 
     def _weight(self, episodes: Episodes) -> float:
@@ -121,7 +117,7 @@ class MAML(nn.Module):
         if not isinstance(self.network, Conv4):
             return self.loss_reference(episodes)
         start = self.network.tensors(episodes.way)
-        rates = self._rates(episodes.way, self.inner_lr)
+        rates = self._rates(episodes.way)
         learned = rates if self.rates is not None else []
         losses, logits = _MetaLoss.apply(self, episodes, rates, *start, *learned)
         return losses, accuracy(logits, episodes.flat()[3])
@@ -131,7 +127,7 @@ class MAML(nn.Module):
         xs, ys, xq, yq = episodes.flat()
         start = [p.expand(episodes.tasks, *p.shape) for p in self.network.tensors(episodes.way)]
         scale = self._weight(episodes) * ys.shape[1]
-        rates = self._rates(episodes.way, self.inner_lr)
+        rates = self._rates(episodes.way)
         params = adapt(
             self.network.forward_tasks,
             start,
@@ -151,9 +147,14 @@ class MAML(nn.Module):
 
     @torch.no_grad()
     def predict_curve(self, episodes: Episodes, at: list[int]) -> Tensor:
-        """Query logits ``[len(at), T, N*Q, N]`` after each number of steps in `at` (ascending, 0 allowed)."""
+        """Query logits ``[len(at), T, N*Q, N]`` after each number of steps in `at` (ascending, 0 allowed).
+
+        ValueError: `at` is empty or not ascending.
+        """
+        if not at or any(a >= b for a, b in zip(at, at[1:])):
+            raise ValueError(f"steps {at} are not ascending; name each once, in order")
         xs, ys, xq, _ = episodes.flat()
-        rates = self._rates(episodes.way, self.inner_lr if self.test_lr is None else self.test_lr)
+        rates = self._rates(episodes.way)
         start = self.network.tensors(episodes.way)
         if not isinstance(self.network, Conv4):
             return self._predict_curve_reference(start, rates, xs, ys, xq, episodes, at)

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import ImageSet
+from .checks import one_of
+from .data import ImageSet, as_floats
 from .em import Mixture, em, labeled_start, random_start
 from .episodes import Episodes
 from .fast_conv4 import Geometry, batch_statistics, channels_last, conv_block
+from .noise import CountedNoise
 from .training import noise_of_call
 
 LOG_2PI = math.log(2 * math.pi)
@@ -265,7 +267,7 @@ def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.
 # The model -----------------------------------------------------------------------------------------------------------
 
 
-class MetaGMVAE(nn.Module):
+class MetaGMVAE(CountedNoise, nn.Module):
     """A VAE whose posterior q(z | x, D) sees the whole set D and whose prior is a mixture that EM fits to the set.
 
     It learns from sets without labels and classifies episodes of any way. The ablations of Table 2: ``episodic=False``
@@ -305,7 +307,7 @@ class MetaGMVAE(nn.Module):
         weight_decay=0.0, chunk=4800, seed=0, generator: torch.Generator | None = None,
     ):  # fmt: skip
         super().__init__()
-        _check_switches(covariance=covariance, e_step=e_step, inference=inference, reduce=reduce)
+        _check_switches(covariance, e_step, inference, reduce)
         _check_numbers(samples=samples, decoded=decoded, test_samples=test_samples, components=components, chunk=chunk,
                        iterations=iterations)  # fmt: skip
         _check_widths(encoder=(encoder, "features", features), decoder=(decoder, "latent", latent))
@@ -314,7 +316,7 @@ class MetaGMVAE(nn.Module):
         self.iterations = iterations
         self.learn_weights, self.episodic, self.set_level = learn_weights, episodic, set_level
         self.covariance, self.e_step, self.inference = covariance, e_step, inference
-        self.reduce, self.weight_decay, self.chunk, self.seed, self.draws = reduce, weight_decay, chunk, seed, 0
+        self.reduce, self.weight_decay, self.chunk, self.seed = reduce, weight_decay, chunk, seed
         self.set_encoder = nn.Sequential(
             SetBlock(features, generator=generator), SetBlock(features, generator=generator),
             _linear(features, 2 * latent, generator),
@@ -333,10 +335,13 @@ class MetaGMVAE(nn.Module):
 
     @torch.no_grad()
     def embed(self, images: Tensor, chunk=1000) -> Tensor:
-        """f(x), ``[n, features]``, of uint8 images ``[n, C, H, W]``, on running averages; `predict` takes them, too."""
+        """f(x), ``[n, features]``, of uint8 images ``[n, C, H, W]``, on running averages; `predict` takes them, too.
+
+        ValueError: images of another type.
+        """
         was, device = self.training, next(self.parameters()).device
         self.eval()
-        h = torch.cat([self.encoder(x.to(device).float().div_(255)) for x in images.split(chunk)])
+        h = torch.cat([self.encoder(as_floats(x.to(device))) for x in images.split(chunk)])
         self.train(was)
         return h
 
@@ -465,13 +470,6 @@ class MetaGMVAE(nn.Module):
             logits.append(self.classify(support[t], y[t], query[t, i].unsqueeze(1), way, noise))
         return torch.cat(logits).view(tasks, q, way)
 
-    # Noise -----------------------------------------------------------------------------------------------------------
-
-    def _noise(self, like: Tensor) -> torch.Generator:
-        """A new generator for each call of `loss`, on the device of `like`; each process of several has its own."""
-        self.draws += 1
-        return noise_of_call(like.device, self.seed, self.draws)
-
     def test_noise(self, h: Tensor, first=0) -> Tensor:
         """Standard Gaussian noise ``[T, M, N, d]`` for features ``[T, M, features]`` of tasks number `first` and on.
 
@@ -481,20 +479,13 @@ class MetaGMVAE(nn.Module):
         noise = (noise_of_call(h.device, self.seed, number) for number in range(first, first + len(h)))
         return torch.stack([torch.randn(shape, generator=g, device=h.device, dtype=h.dtype) for g in noise])
 
-    def get_extra_state(self) -> dict:
-        return {"draws": self.draws}
 
-    def set_extra_state(self, state: dict) -> None:
-        self.draws = state["draws"]
-
-
-def _check_switches(**given: str) -> None:
-    known = {"inference": ("transductive", "inductive"), "reduce": ("mean", "sum")}
-    for what, value in given.items():
-        choices = known.get(what, ("identity", "diagonal"))
-        if value not in choices:
-            raise ValueError(f"{what}={value!r} is not known; use {' or '.join(choices)}")
-    if given["covariance"] == "identity" and given["e_step"] == "diagonal":
+def _check_switches(covariance: str, e_step: str, inference: str, reduce: str) -> None:
+    one_of("covariance", covariance, ("identity", "diagonal"))
+    one_of("e_step", e_step, ("identity", "diagonal"))
+    one_of("inference", inference, ("transductive", "inductive"))
+    one_of("reduce", reduce, ("mean", "sum"))
+    if covariance == "identity" and e_step == "diagonal":
         raise ValueError("e_step='diagonal' needs covariance='diagonal'")
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import one_of
 from .fast_conv4 import Geometry, channels_last, conv_block, to_groups
 
 
@@ -57,11 +58,11 @@ class Conv4(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        _one_of("downsample", downsample, ("pool", "stride"))
-        _one_of("padding", padding, (0, 1))
-        _one_of("head", head, ("flatten", "mean"))
-        _one_of("norm", norm, ("affine", "shift"))
-        _one_of("head_init", head_init, ("glorot", "normal"))
+        one_of("downsample", downsample, ("pool", "stride"))
+        one_of("padding", padding, (0, 1))
+        one_of("head", head, ("flatten", "mean"))
+        one_of("norm", norm, ("affine", "shift"))
+        one_of("head_init", head_init, ("glorot", "normal"))
         self.channels, self.size, self.way = channels, size, way
         self.average = head == "mean"
         pool = downsample == "pool"
@@ -113,7 +114,7 @@ class Conv4(nn.Module):
         `stats` says which batch-norm statistics are used: "batch" (those of x) or "running" (the averages over
         training, momentum 0.1 and unbiased variance as in PyTorch's BatchNorm2d). `update` adds x to the averages.
         """
-        _one_of("stats", stats, ("batch", "running"))
+        one_of("stats", stats, ("batch", "running"))
         if stats == "running":
             return self._embed_running(x)
         x = channels_last(x)
@@ -172,10 +173,14 @@ class MLP(nn.Module):
         norm: None, or "shift": batch norm over the images of a task after each hidden layer, with a shift and no scale
             (CACTUs' MAML on embeddings; reference code, not in the paper).
         std: of the normal initial weights, cut off at 2 std (CACTUs: 0.01); None: Glorot.
+
+    Raises:
+        ValueError: an unknown norm.
     """
 
     def __init__(self, sizes: list[int], generator: torch.Generator | None = None, *, norm=None, std=None, eps=1e-3):
         super().__init__()
+        one_of("norm", norm, (None, "shift"))
         self.way, self.norm, self.eps = sizes[-1], norm, eps
         shapes = list(zip(sizes[1:], sizes[:-1]))
         self.weights = nn.ParameterList(nn.Parameter(glorot_uniform(s, generator)) for s in shapes)
@@ -240,8 +245,3 @@ def check_head(outputs: int, way: int | None) -> None:
     """Raise ValueError if tasks have more classes than the head has outputs; None: all outputs are asked for."""
     if way is not None and way > outputs:
         raise ValueError(f"{way}-way tasks need a head of {way} outputs; this network has {outputs}")
-
-
-def _one_of(what: str, value: str | int, known: tuple) -> None:
-    if value not in known:
-        raise ValueError(f"{what}={value!r} is not known; use one of {', '.join(map(str, known))}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .checks import one_of
 from .episodes import Episodes
 from .losses import accuracy, cross_entropy
 
@@ -18,8 +19,9 @@ def squared_distances(z: Tensor, c: Tensor, reduce: str = "sum") -> Tensor:
     """Squared distances ``[T, n, N]`` of features ``[T, n, d]`` to prototypes ``[T, N, d]``. (eq-proto-distance)
 
     Expanded to ``|z|^2 - 2 z.c + |c|^2``, so that the work is one matrix product (eq-proto-linear).
-    `reduce` "mean" divides by d (LASIUM's code).
+    `reduce` "mean" divides by d (LASIUM's code). ValueError: another `reduce` than "sum" or "mean".
     """
+    one_of("reduce", reduce, ("sum", "mean"))
     d = z.square().sum(2, keepdim=True) - 2 * z @ c.transpose(1, 2) + c.square().sum(2).unsqueeze(1)
     return d if reduce == "sum" else d / z.shape[2]
 
@@ -39,10 +41,8 @@ class ProtoNet(nn.Module):
 
     def __init__(self, network: nn.Module, *, distance="sum", batch_norm="inductive", apart=False):
         super().__init__()
-        if distance not in ("sum", "mean"):
-            raise ValueError(f"distance={distance!r} is not known; use sum or mean")
-        if batch_norm not in ("inductive", "transductive"):
-            raise ValueError(f"batch_norm={batch_norm!r} is not known; use inductive or transductive")
+        one_of("distance", distance, ("sum", "mean"))
+        one_of("batch_norm", batch_norm, ("inductive", "transductive"))
         self.network, self.distance, self.batch_norm, self.apart = network, distance, batch_norm, apart
 
     def _logits(self, z: Tensor, episodes: Episodes) -> Tensor:

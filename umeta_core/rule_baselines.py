@@ -21,7 +21,7 @@ def vae_path(task: Trial, at: tuple[int, ...], width: int = 128, lr: float = 1e-
     """Train a VAE on unlabeled images; yields loss ``[T]`` and accuracy ``[T]`` of its latent means at each of `at`.
 
     Three layers of `width` units with batch norm and ReLU, linear mean and log deviation of 32 latents, the mirrored
-    decoder; the likelihood of a gray level is the mass that a normal of learned mean and deviation has on it (H.1).
+    decoder; the likelihood of a gray level is the mass that a normal of learned mean and deviation has on it (H.3.1).
     """
     tasks, inputs = task.x.shape[0], task.x.shape[-1]
     generator = torch.Generator(device=task.x.device).manual_seed(task.seed + 2)
@@ -87,7 +87,7 @@ def supervised_accuracy(task: Trial, steps: int = 300, lr: float = 3e-3) -> Tens
 
 
 class ProtoMLP(nn.Module):
-    """Prototypical network of three fully connected layers with batch norm and ReLU (H.1), for Figure 2.
+    """Prototypical network of three fully connected layers with batch norm and ReLU (H.3.4), for Figure 2.
 
     It learns features, not a rule: with pixels in a new order for every task there is little to learn.
     """

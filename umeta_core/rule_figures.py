@@ -195,6 +195,22 @@ FIGURES = {"datasets": datasets, "architectures": architectures, "permutation": 
 
 
 def main() -> None:
+    parser = _parser()
+    given = parser.parse_args()
+    if wrong := _wrong(given):
+        parser.error(wrong)
+    tune_cpu()
+    started = time.perf_counter()
+    about, done = _figure(given)
+    record = {"figure": given.figure, "theta": about, **done,
+              "wall_seconds": round(time.perf_counter() - started, 1), **provenance()}  # fmt: skip
+    try:
+        print(_write(record, given.folder, add=bool(given.data)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=[*FIGURES, "training", "mismatch"])
     parser.add_argument("--theta", type=Path, help="file of `rule_runs`; without it the package's own")
@@ -203,41 +219,49 @@ def main() -> None:
     parser.add_argument("--networks", type=int, help="how many each number is the mean of")
     parser.add_argument("--data", nargs="+", choices=HELD_OUT, metavar="NAME", help="for `datasets` and `training`")
     parser.add_argument("--folder", type=Path, help="where to write (default: results/learned_rule/figures)")
-    a = parser.parse_args()
-    if a.figure == "training" and not (a.thetas and sorted(a.thetas.glob("*.pt"))):
-        parser.error("training needs --thetas FOLDER, with the files that rule_runs wrote")
+    return parser
+
+
+def _wrong(given: argparse.Namespace) -> str:
+    """What does not go together in a command, or ""."""
+    if given.figure == "training" and not (given.thetas and sorted(given.thetas.glob("*.pt"))):
+        return "training needs --thetas FOLDER, with the files that rule_runs wrote"
     for option, figures in (("theta", [*FIGURES]), ("thetas", ["training"]), ("checkpoint", ["training"]),
                             ("data", ["datasets", "training"]),
                             ("networks", ["datasets", "architectures", "permutation", "training", "mismatch"])):
-        if getattr(a, option) is not None and a.figure not in figures:
-            parser.error(f"--{option} means nothing to {a.figure}")
-    tune_cpu()
-    started = time.perf_counter()
-    many = {} if a.networks is None else {"networks": a.networks}
-    if a.data:
-        many["names"] = tuple(a.data)
-    if a.figure == "training":
-        record = training(a.thetas, a.checkpoint, **many)
-        about = UpdateRule.restore(sorted(a.thetas.glob("*.pt"))[-1]).about
-    elif a.figure == "mismatch":
-        about, record = {}, mismatch(**many)
-    else:
-        theta = UpdateRule.restore(a.theta) if a.theta else UpdateRule.pretrained()
-        about, record = theta.about, FIGURES[a.figure](theta, **many)
-    record = {"figure": a.figure, "theta": about, **record, "wall_seconds": round(time.perf_counter() - started, 1),
-              **provenance()}  # fmt: skip
-    name = a.figure + (f"-{about['plan']}-{about['steps']}-seed{about['seed']}" if about else "")
-    folder = a.folder or results_folder() / "learned_rule" / "figures"
-    path = folder / f"{name}.json"
-    if a.data and path.exists():  # a part is added to what is there
+        if getattr(given, option) is not None and given.figure not in figures:
+            return f"--{option} means nothing to {given.figure}"
+    return ""
+
+
+def _figure(given: argparse.Namespace) -> tuple[dict, dict]:
+    """What theta says of itself, and the numbers of the figure."""
+    options = {} if given.networks is None else {"networks": given.networks}
+    if given.data:
+        options["names"] = tuple(given.data)
+    if given.figure == "training":
+        done = training(given.thetas, given.checkpoint, **options)
+        return UpdateRule.restore(sorted(given.thetas.glob("*.pt"))[-1]).about, done
+    if given.figure == "mismatch":
+        return {}, mismatch(**options)
+    theta = UpdateRule.restore(given.theta) if given.theta else UpdateRule.pretrained()
+    return theta.about, FIGURES[given.figure](theta, **options)
+
+
+def _write(record: dict, folder: Path | None, add: bool) -> Path:
+    """Write a record into its file; `add` keeps the data sets that are there. ValueError: those have other settings."""
+    about = record["theta"]
+    name = record["figure"] + (f"-{about['plan']}-{about['steps']}-seed{about['seed']}" if about else "")
+    path = (folder or results_folder() / "learned_rule" / "figures") / f"{name}.json"
+    if add and path.exists():
         old = json.loads(path.read_text())
         settings = ("networks", "steps", "meta_steps")
         if any(old.get(key) != json.loads(json.dumps(record.get(key))) for key in settings):
-            parser.error(f"{path} has other settings; give another --folder")
+            raise ValueError(f"{path} has other settings; give another --folder")
         record["data"] = old["data"] | record["data"]
     with atomic(path) as partial:
         partial.write_text(json.dumps(record, indent=1))
-    print(path)
+    return path
 
 
 if __name__ == "__main__":

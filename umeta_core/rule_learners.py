@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .learned_rule import Phi, Readout, UpdateRule, meta_objective
+from .noise import CountedNoise
 from .rule_tasks import Truncation
-from .training import noise_of_call
 
 
 class RuleLearner(nn.Module):
@@ -60,7 +60,7 @@ class RuleLearner(nn.Module):
                 p.grad = None
 
 
-class PESLearner(RuleLearner):
+class PESLearner(CountedNoise, RuleLearner):
     """The same rule with a gradient from perturbations instead of back-propagation: persistent evolution strategies.
 
     Vicol et al. 2021 (not in Metz et al.). Each task has a pair of networks, one trained by theta + e, one by
@@ -74,7 +74,7 @@ class PESLearner(RuleLearner):
 
     def __init__(self, rule: UpdateRule, sigma: float = 0.01, seed: int = 0, clip: float = 5.0):
         super().__init__(rule, clip)
-        self.sigma, self.seed, self.draws = sigma, seed, 0
+        self.sigma, self.seed = sigma, seed
         self.names = [name for name, p in rule.named_parameters() if p.requires_grad]
         self.size = sum(rule.get_parameter(name).numel() for name in self.names)
 
@@ -102,17 +102,6 @@ class PESLearner(RuleLearner):
         parts = e.split([p.numel() for p in theta])
         moved = {name: p + d.view_as(p) for name, p, d in zip(self.names, theta, parts)}
         return _advance(lambda *args: torch.func.functional_call(self.rule, moved, args), phi, task)
-
-    def _noise(self) -> torch.Generator:
-        """A new generator for each call of `loss`; each process of several has its own."""
-        self.draws += 1
-        return noise_of_call("cpu", self.seed, self.draws)
-
-    def get_extra_state(self) -> dict:
-        return {"draws": self.draws}
-
-    def set_extra_state(self, state: dict) -> None:
-        self.draws = state["draws"]
 
 
 def _advance(rule, phi: Phi, truncation: Truncation) -> Readout:

@@ -61,7 +61,7 @@ class ACAI(Embedding):
         super().__init__()
         if size not in (28, 32):
             raise ValueError(f"ACAI takes images of 28x28 or 32x32, not {size}x{size}; load them with size=32")
-        self.channels, self.size, self.latent, self.d = channels, size, latent, latent * SIDE**2
+        self.takes, self.size, self.latent, self.d = (channels, size, size), size, latent, latent * SIDE**2
         self.weight, self.reg, self.lr, self.margin = weight, reg, lr, (32 - size) // 2
         self.encoder = encoder(channels, depth, latent)
         self.decoder = decoder(channels, depth, latent)
@@ -125,9 +125,7 @@ class ACAI(Embedding):
 
     def _pad(self, x: Tensor) -> Tensor:
         """Images in [0, 1] as the networks see them: 32x32 in [-1, 1]; the margin is -1, as black as a drawing's."""
-        if x.shape[1:] != (self.channels, self.size, self.size):
-            raise ValueError(f"images of shape {tuple(x.shape[1:])}, but this ACAI was made for "
-                             f"{(self.channels, self.size, self.size)}; make one of their shape")  # fmt: skip
+        self.check_shape(x)
         return (F.pad(x, [self.margin] * 4) * 2 - 1).contiguous(memory_format=torch.channels_last)
 
     def _autoencoder(self) -> list[nn.Parameter]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..packs import atomic
+from ..data import as_floats
+from ..packs import atomic, load_tensors
 from ..results import provenance
 from ..training import NonFiniteLoss
 
@@ -22,6 +23,7 @@ class Embedding(nn.Module):
 
     d: int
     takes: tuple | None = None  # [C, H, W] of the images, where another shape would not be noticed or fail obscurely
+    autocast: bool | None = False  # bfloat16 where `autocast_for` is used; None: on a GPU only
     encoder_parts: tuple = ("",)  # how the names of what `encode` uses begin in the state dict
 
     def encode(self, x: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class Embedding(nn.Module):
 
         Raises:
             NonFiniteLoss: a loss is not finite; nothing is written from then on.
-            ValueError: fewer images than one batch, or a checkpoint of another run.
+            ValueError: fewer images, or fewer in an epoch, than one batch, or a checkpoint of another run.
         """
         if len(images) < batch:
             raise ValueError(f"{len(images)} images do not fill one batch of {batch}; use a smaller batch")
@@ -76,17 +78,33 @@ class Embedding(nn.Module):
     def embed(self, images: Tensor, chunk: int = 1000) -> Tensor:
         """Vectors ``[n, d]``, float32, of uint8 images ``[n, C, H, W]``, on the images' device.
 
-        Raises ValueError for images of another shape than those it was made for.
+        Raises ValueError for images of another type, or of another shape than those it was made for.
         """
+        self.check_shape(images)
+        was = self.training
+        self.eval()
+        z = torch.cat([self.encode(as_floats(x)).float() for x in images.split(chunk)])
+        self.train(was)
+        return z
+
+    def check_shape(self, images: Tensor) -> None:
+        """ValueError: images ``[n, C, H, W]`` of another shape than the embedding takes."""
         shape = tuple(images.shape[1:])
         if self.takes not in (None, shape):
             raise ValueError(f"this {type(self).__name__} takes images of {self.takes}, these are {shape}; resize "
-                             "them, or fit an embedding to them")  # fmt: skip
-        was = self.training
-        self.eval()
-        z = torch.cat([self.encode(x.float().div_(255)).float() for x in images.split(chunk)])
-        self.train(was)
-        return z
+                             "them, or make one of their shape")  # fmt: skip
+
+    def autocast_for(self, x: Tensor) -> torch.autocast:
+        """The context of a network's pass over x: in bfloat16 if `autocast` says so."""
+        enabled = x.is_cuda if self.autocast is None else self.autocast
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=enabled)
+
+    @staticmethod
+    def move(optimizer: torch.optim.Optimizer, loss: Tensor, network: nn.Module) -> None:
+        """One update of one of several networks, by a loss that others take part in."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward(inputs=list(network.parameters()))
+        optimizer.step()
 
     def save(self, path: str | Path) -> None:
         """Write the state dict, whole or not at all."""
@@ -129,6 +147,9 @@ class _Fitting:
         if self.order is None:
             self.order, self.at, self.sums = self.model.start_epoch(self.images, self.epoch, self.epochs,
                                                                     self.generator), 0, {}  # fmt: skip
+            if len(self.order) < self.batch:
+                raise ValueError(f"an epoch of {len(self.order)} images does not fill one batch of {self.batch}; use a "
+                                 "smaller batch")  # fmt: skip
         losses = self.model.step(self.images, self.order[self.at : self.at + self.batch], self.generator)
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
@@ -206,12 +227,4 @@ def write_atomically(state: dict, path: str | Path) -> None:
 
 def read(path: str | Path) -> dict:
     """What `write_atomically` wrote, tensors on the CPU. ValueError: the file is damaged or something else."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except Exception:
-        state = None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a readable embedding; delete it to start afresh")
-    return state
+    return load_tensors(path, "embedding")

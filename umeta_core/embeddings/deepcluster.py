@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import one_of
+from ..data import as_floats
 from .base import Embedding, read, write_atomically
 
 CHANNELS = (96, 256, 384, 384, 256)
@@ -56,13 +58,11 @@ class DeepCluster(Embedding):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        if view not in ("crop", "resize"):
-            raise ValueError(f"view={view!r} is not known; use crop or resize")
-        if whiten not in ("train", "own"):
-            raise ValueError(f"whiten={whiten!r} is not known; use train or own")
+        one_of("view", view, ("crop", "resize"))
+        one_of("whiten", whiten, ("train", "own"))
         if crop > size and view == "crop":
             raise ValueError(f"a {crop}x{crop} crop does not fit into {size}x{size} images; use crop={size}")
-        self.shape, self.d, self.clusters, self.crop, self.view = (channels, size, size), d, clusters, crop, view
+        self.takes, self.d, self.clusters, self.crop, self.view = (channels, size, size), d, clusters, crop, view
         self.flip, self.dropout, self.iterations, self.whiten = flip, dropout, iterations, whiten
         self.rates = {"lr": lr, "momentum": momentum, "weight_decay": decay}
         side = last_side(crop, kernel, stride, padding)
@@ -117,7 +117,7 @@ class DeepCluster(Embedding):
             x = self._center(images[index].float().div_(255))
             mirrored = torch.rand(n, 1, 1, 1, generator=generator, device=device) < 0.5
             return torch.where(mirrored, x.flip(3), x) if self.flip else x
-        place = torch.randint(self.shape[1] - self.crop + 1, (2, n, 1), generator=generator, device=device)
+        place = torch.randint(self.takes[1] - self.crop + 1, (2, n, 1), generator=generator, device=device)
         rows, columns = place + torch.arange(self.crop, device=device)
         if self.flip:
             mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
@@ -129,7 +129,7 @@ class DeepCluster(Embedding):
         """The one view ``[n, C, crop, crop]`` by which an image is clustered and embedded."""
         if self.view == "resize":
             return F.interpolate(x, (self.crop, self.crop), mode="bilinear", antialias=True)
-        at = (self.shape[1] - self.crop) // 2
+        at = (self.takes[1] - self.crop) // 2
         return x[:, :, at : at + self.crop, at : at + self.crop]
 
     # ---- the embedding
@@ -140,7 +140,7 @@ class DeepCluster(Embedding):
 
     def embed(self, images: Tensor, chunk: int = 250) -> Tensor:
         """Vectors ``[n, d]``, float32, of uint8 images ``[n, C, H, W]``. ValueError: not fitted, or other images."""
-        self._check(images)
+        self.check_shape(images)
         if self.whiten == "own":
             z = self._all_features(images, chunk)
             return apply_whitening(z, *pca_whitening(z, self.d))
@@ -152,7 +152,7 @@ class DeepCluster(Embedding):
     def _all_features(self, images: Tensor, chunk: int = 250) -> Tensor:
         was = self.training
         self.eval()
-        z = torch.cat([self.features(self._center(x.float().div_(255))) for x in images.split(chunk)])
+        z = torch.cat([self.features(self._center(as_floats(x))) for x in images.split(chunk)])
         self.train(was)
         return z
 
@@ -163,10 +163,6 @@ class DeepCluster(Embedding):
         self.mean.copy_(mean)
         self.whitening.copy_(matrix)
         return apply_whitening(z, mean, matrix)
-
-    def _check(self, images: Tensor) -> None:
-        if images.shape[1:] != self.shape:
-            raise ValueError(f"this network takes images of {self.shape}, these are {tuple(images.shape[1:])}")
 
     # ---- training
 
@@ -179,7 +175,7 @@ class DeepCluster(Embedding):
         Raises:
             ValueError: fewer images than clusters, or images of another shape.
         """
-        self._check(images)
+        self.check_shape(images)
         if len(images) < self.clusters:
             raise ValueError(f"{len(images)} images cannot form {self.clusters} clusters; use fewer clusters")
         history = super().fit(images, epochs=epochs, batch=batch, checkpoint=checkpoint, **rest)

@@ -68,7 +68,7 @@ class InfoGAN(Embedding):
         super().__init__()
         if size % 4:
             raise ValueError(f"InfoGAN takes images of a size divisible by 4, not {size}x{size}; load them resized")
-        self.channels, self.size, self.d = channels, size, categories + numbers
+        self.takes, self.d = (channels, size, size), categories + numbers
         self.categories, self.numbers, self.noise = categories, numbers, noise
         self.lr, self.weight, self.per_epoch, self.logits = lr, weight, per_epoch, logits
         self.discriminator = Discriminator(channels, size, self.d)
@@ -94,10 +94,10 @@ class InfoGAN(Embedding):
         x = images[index].float().div_(255).contiguous(memory_format=torch.channels_last)
         noise, c = self.draw(len(x), generator)
         seeing = self.see_through(x, noise, c)
-        self._move(self.opt[0], seeing, self.discriminator)
+        self.move(self.opt[0], seeing, self.discriminator)
         noise, c = self.draw(len(x), generator)
         deceiving, bound = self.deceive(noise, c)
-        self._move(self.opt[1], deceiving, self.generator)
+        self.move(self.opt[1], deceiving, self.generator)
         return {"discriminator": seeing, "generator": deceiving, "information": bound}
 
     def see_through(self, x: Tensor, noise: Tensor, c: Tensor) -> Tensor:
@@ -128,9 +128,7 @@ class InfoGAN(Embedding):
 
     def encode(self, x: Tensor) -> Tensor:
         """What is read from images ``[n, C, H, W]`` in [0, 1]: ``[n, d]``, categories first, then numbers."""
-        if x.shape[1:] != (self.channels, self.size, self.size):
-            raise ValueError(f"images of shape {tuple(x.shape[1:])}, but this InfoGAN was made for "
-                             f"{(self.channels, self.size, self.size)}; make one of their shape")  # fmt: skip
+        self.check_shape(x)
         q = self.discriminator(x.contiguous(memory_format=torch.channels_last), "running")[1]
         category = q[:, : self.categories]
         return torch.cat([category if self.logits else category.softmax(1), q[:, self.categories :]], 1)
@@ -155,11 +153,6 @@ class InfoGAN(Embedding):
             c[..., self.categories + part - 1] = torch.as_tensor(values, device=c.device, dtype=c.dtype)
         noise = noise.unsqueeze(1).expand(-1, len(values), -1)
         return self.generate(noise.flatten(0, 1), c.flatten(0, 1)).unflatten(0, c.shape[:2])
-
-    def _move(self, optimizer: torch.optim.Optimizer, loss: Tensor, network: nn.Module) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=list(network.parameters()))
-        optimizer.step()
 
 
 class Discriminator(nn.Module):

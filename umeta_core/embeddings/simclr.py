@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import one_of
 from ..networks import glorot_uniform
 from .base import Embedding
 from .supervised import distort, look, random_boxes
@@ -49,9 +50,8 @@ class SimCLR(Embedding):
         super().__init__()
         if size < 2**LAYERS:
             raise ValueError(f"images of {size}x{size} are too small for {LAYERS} halvings; use at least 32x32")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule={schedule!r} is not known; use one of {', '.join(SCHEDULES)}")
-        self.shape, self.temperature, self.lr, self.schedule = (channels, size, size), temperature, lr, schedule
+        one_of("schedule", schedule, SCHEDULES)
+        self.takes, self.temperature, self.lr, self.schedule = (channels, size, size), temperature, lr, schedule
         self.area, self.color, self.autocast, self.normalize = area, color, autocast, normalize and channels == 3
         self.d = FILTERS * (size // 2**LAYERS) ** 2
         maps = [channels] + [FILTERS] * LAYERS
@@ -68,12 +68,10 @@ class SimCLR(Embedding):
 
     def encode(self, x: Tensor) -> Tensor:
         """Vectors ``[n, d]``, none of them negative, of images ``[n, C, H, W]`` in [0, 1]."""
-        if x.shape[1:] != self.shape:
-            raise ValueError(f"this network takes images of {self.shape}, these are {tuple(x.shape[1:])}")
+        self.check_shape(x)
         if self.normalize:
             x = (x - x.new_tensor(_MEAN).view(3, 1, 1)) / x.new_tensor(_DEVIATION).view(3, 1, 1)
-        enabled = x.is_cuda if self.autocast is None else self.autocast
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=enabled):
+        with self.autocast_for(x):
             z = self.encoder(x.contiguous(memory_format=torch.channels_last))
         return z.float()
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import one_of
 from ..wide_resnet import WideResNet
 from .base import Embedding
 
@@ -53,10 +54,9 @@ class Supervised(Embedding):
         views="center", autocast: bool | None = None, generator: torch.Generator | None = None,
     ):
         super().__init__()
-        if views not in VIEWS:
-            raise ValueError(f"views={views!r} is not known; use one of {', '.join(VIEWS)}")
+        one_of("views", views, VIEWS)
         self.net = WideResNet(channels, input, depth, width, classes, dropout, rectified=rectified, generator=generator)
-        self.shape, self.d, self.classes, self.input = (channels, size, size), self.net.d, classes, input
+        self.takes, self.d, self.classes, self.input = (channels, size, size), self.net.d, classes, input
         self.rates = {"lr": lr, "momentum": momentum, "weight_decay": decay, "nesterov": True}
         self.drops, self.views, self.autocast = drops, views, autocast
         self.augmentation = {"area": area, "aspect": aspect, "color": color, "flip": flip}
@@ -70,28 +70,19 @@ class Supervised(Embedding):
         features = 0
         for box in boxes:
             view = look(x, box.expand(len(x), -1), self.input)
-            with self._autocast(x):
+            with self.autocast_for(x):
                 features = features + self.net.features(_centered(view)) / len(boxes)
         return features
 
     def embed(self, images: Tensor, chunk: int = 250) -> Tensor:
         """Vectors ``[n, d]``, float32, of uint8 images ``[n, C, H, W]``. ValueError: images of another shape."""
-        self._check(images)
         return super().embed(images, chunk)
 
     def logits(self, x: Tensor) -> Tensor:
         """Scores ``[n, classes]`` of the central views of images ``[n, C, H, W]`` in [0, 1]."""
         view = look(x, view_boxes("center").to(x.device).expand(len(x), -1), self.input)
-        with self._autocast(x):
+        with self.autocast_for(x):
             return self.net(_centered(view)).float()
-
-    def _autocast(self, x: Tensor):
-        enabled = x.is_cuda if self.autocast is None else self.autocast
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=enabled)
-
-    def _check(self, images: Tensor) -> None:
-        if images.shape[1:] != self.shape:
-            raise ValueError(f"this network takes images of {self.shape}, these are {tuple(images.shape[1:])}")
 
     # ---- training
 
@@ -104,7 +95,7 @@ class Supervised(Embedding):
         Raises:
             ValueError: images of another shape, or labels that are not one of 0 ... classes - 1 for every image.
         """
-        self._check(images)
+        self.check_shape(images)
         if labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < self.classes:
             raise ValueError(f"{len(images)} images need as many labels from 0 to {self.classes - 1}; "
                              f"got {len(labels)} from {labels.min()} to {labels.max()}")  # fmt: skip
@@ -124,7 +115,7 @@ class Supervised(Embedding):
     def step(self, images, index, generator) -> dict[str, Tensor]:
         """Cross-entropy of the classes."""
         x, y = augment(images[index], self.input, generator, **self.augmentation), self.labels[index]
-        with self._autocast(x):
+        with self.autocast_for(x):
             logits = self.net(_centered(x), generator)
         loss = F.cross_entropy(logits.float(), y)
         (optimizer,) = self.opt
