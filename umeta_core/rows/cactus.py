@@ -145,6 +145,12 @@ def _views() -> list[Row]:
             for row in probes]  # fmt: skip
 
 
+def _untrained() -> list[Row]:
+    """What a network without any training gives to classifiers of photographs."""
+    probes = [row for row in _probes("mini_imagenet", "DeepCluster", 500) if row.learner not in ("mlp", "matching")]
+    return [replace(_with_plan(row, "small untrained DeepCluster", "untrained"), table="ledger") for row in probes]
+
+
 def _labeled(share: float) -> dict:
     """Labels for a share of the classes, and tasks in proportion to the images behind them: share to 1 (App. G)."""
     return {"share": share, "mix": share / (1 + share)}
@@ -240,7 +246,7 @@ ROWS = (
     *(row for e in ("BiGAN", "DeepCluster") for row in (*_probes("mini_imagenet", e, 500),
                                                         *_hyperplanes("mini_imagenet", e),
                                                         *_cactus("mini_imagenet", e))),
-    *_inductive(),
+    *_inductive(), *_untrained(),
     *_controls("celeba"),
     *(row for e in ("BiGAN", "DeepCluster") for row in (*_probes("celeba", e, 500), *_cactus("celeba", e))),
     *_imagenet(),

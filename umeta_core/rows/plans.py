@@ -65,6 +65,9 @@ EMBEDDINGS = {
     ("small inductive DeepCluster", "mini_imagenet"): EmbeddingPlan(
         "deepcluster", _SMALL, _epochs(1, 1, 40), batch=64, seconds=60, weights_of="small DeepCluster",
         deviation=f"{_SMALL_DEVIATION}, whitened by the statistics of the training images"),
+    ("small untrained DeepCluster", "mini_imagenet"): EmbeddingPlan(
+        "deepcluster", _SMALL | {"whiten": "own"}, _epochs(0, 0, 0), batch=64,
+        deviation="DeepCluster of a quarter of the width, stride 2, not trained"),
     ("short ACAI", "omniglot"): EmbeddingPlan("acai", {}, _epochs(1, 1, 50), batch=64, seconds=55,
                                               deviation="ACAI for 50 epochs"),
     # a VGG-16 that others have fitted: see `stages.wanted_vectors`
