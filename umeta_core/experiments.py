@@ -282,7 +282,7 @@ def _seen_once(learner, source):
 def _at_once(source, learner=None) -> int:
     """Vectors of a source of tasks on embeddings that fit into memory together.
 
-    Meta-GMVAE makes many samples of each; on a CPU its EM is a quarter faster if those of few tasks are handled at once.
+    Meta-GMVAE makes many samples of each; on a CPU EM is a quarter faster on those of few tasks at once.
     """
     samples = learner.test_samples if isinstance(learner, MetaGMVAE) and source.features.device.type == "cpu" else 1
     return _AT_ONCE // (source.features.shape[1] * samples)
