@@ -30,7 +30,7 @@ def expected_seconds(row: Row, scale: str, device="cpu", training=True) -> float
     if row.network.get("residual"):
         return None
     if row.learner in BASELINES:
-        return 20 + {"mlp": 0.25, "linear": 0.13}.get(row.learner, 0) * row.test_tasks[scale]
+        return 20 + {"mlp": 0.45, "linear": 0.13}.get(row.learner, 0) * row.test_tasks[scale]
     if row.learner == "leo" or row.network.get("linear"):  # one thread, 12 tasks; measured at 1 and 5 shots
         each = 0.01 if torch.device(device).type == "cuda" else 0.008 + 0.007 * row.shot
         each = each / 2 if row.network.get("linear") else each
