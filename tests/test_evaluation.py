@@ -4,10 +4,12 @@ import torch
 from scipy import stats
 from test_training import source
 
-from umeta_core.episodes import Episodes
+from umeta_core.data import ImageSet
+from umeta_core.episodes import Episodes, PartitionTasks
 from umeta_core.evaluation import evaluate, evaluate_curve, in_chunks, interval
 from umeta_core.maml import MAML
 from umeta_core.networks import Conv4
+from umeta_core.protonets import ProtoNet
 
 
 class Guess:
@@ -83,3 +85,17 @@ def test_a_module_is_tested_in_evaluation_mode_and_goes_back():
     before = learner.norm.running_mean.clone()
     evaluate(learner, source(), way=3, shot=1, query=2, tasks=20)
     assert torch.equal(learner.norm.running_mean, before) and learner.training
+
+
+def test_images_that_were_embedded_before_get_the_same_answers():
+    """As tests do with the whole test set, where every image is in many tasks."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 1, 28, 28), generator=g).byte()
+    data = ImageSet(images, torch.arange(8).repeat_interleave(5), [str(i) for i in range(8)], [], "noise", "test")
+    model = ProtoNet(Conv4(1, 28, 8, generator=g))
+    model.loss(PartitionTasks(data).sample(4, 5, 1, 2, g))
+    seen = PartitionTasks(data, features=model.embed(images, chunk=7))
+    once, again = (evaluate(model, source, way=5, shot=2, query=3, tasks=30) for source in (seen, PartitionTasks(data)))
+    assert torch.equal(once.accuracies, again.accuracies)
+    assert not ProtoNet(Conv4(1, 28, 8), batch_norm="transductive").sees_one
+    assert not ProtoNet(Conv4(1, 28, 8), apart=True).sees_one

@@ -274,9 +274,9 @@ def _reading(learner, changes: dict, source, first, *, tasks: int, **task) -> di
 
 def _seen_once(learner, source):
     """Tasks of features in place of images, for a learner that sees every image alone: each is encoded once."""
-    if not isinstance(learner, MetaGMVAE) or learner.encoder is None:
-        return source
-    return PartitionTasks(source.images, None, learner.embed(source.images.images))
+    alone = isinstance(learner, MetaGMVAE) and learner.encoder is not None or (
+        isinstance(learner, ProtoNet) and learner.sees_one and isinstance(source, PartitionTasks))
+    return PartitionTasks(source.images, None, learner.embed(source.images.images)) if alone else source
 
 
 def _at_once(source, learner=None) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import one_of
+from .data import as_floats
 from .episodes import Episodes
 from .losses import accuracy, cross_entropy
 
@@ -65,10 +66,26 @@ class ProtoNet(nn.Module):
         logits = self._logits(z, episodes)
         return cross_entropy(logits, yq), accuracy(logits.detach(), yq)
 
+    @property
+    def sees_one(self) -> bool:
+        """Whether a feature in `predict` depends on its image alone, so that images can be embedded before."""
+        return self.batch_norm == "inductive" and not self.apart
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, chunk=500) -> Tensor:
+        """Features ``[n, d]`` of uint8 images ``[n, C, H, W]``, on averages of training; `predict` takes them, too."""
+        device = next(self.parameters()).device
+        return torch.cat([self.network.embed(as_floats(x.to(device)), stats="running") for x in images.split(chunk)])
+
     @torch.no_grad()
     def predict(self, episodes: Episodes) -> Tensor:
-        """Query logits ``[T, N*Q, N]``: negative squared distances to the prototypes."""
+        """Query logits ``[T, N*Q, N]``: negative squared distances to the prototypes.
+
+        Episodes show images, or what `embed` made of them if the learner `sees_one` at a time.
+        """
         xs, _, xq, _ = episodes.flat()
+        if self.sees_one and xs.dim() == 3:
+            return self._logits(torch.cat([xs, xq], 1), episodes)
         embed = self._known if self.batch_norm == "inductive" else self._by_task
         z = torch.cat([self._by_task(xs), embed(xq)], 1) if self.apart else embed(torch.cat([xs, xq], 1))
         return self._logits(z, episodes)
