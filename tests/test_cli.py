@@ -207,7 +207,7 @@ def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys):
         cli._run_to_the_end([sys.executable, "-c", engine], dict(os.environ), lock)
     assert "goes on from the last checkpoints" in capsys.readouterr().err
     pid = int((tmp_path / "pid").read_text())
-    for _ in range(200):  # what is killed takes a moment to go on a busy machine; the kernel would sleep for a minute
+    for _ in range(600):  # what is killed takes a moment to go on a busy machine; the kernel would sleep for a minute
         if ended := not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             break
         time.sleep(0.05)
