@@ -9,7 +9,7 @@ import pytest
 
 from umeta_core import results
 from umeta_core.results import compare, published, read_records, table_markdown, table_text, verdict, write_record
-from umeta_core.rows import ROWS
+from umeta_core.rows import ROWS, find_row
 
 COUNTS = {
     "cactus": {"1": 60, "2": 75, "3": 40, "4": 32, "7": 60, "8": 92, "9": 84, "10": 15, "12": 24, "App.D text": 2},
@@ -300,3 +300,14 @@ def test_every_folder_of_records_is_installed():
         pytest.skip("not a clone")
     folders = {str(Path(line).parent) for line in tracked.stdout.splitlines()} - {"results/fits"}
     assert folders <= {folder.removeprefix("share/umeta/") for folder in installed}
+
+
+def test_a_record_of_the_ledger_is_no_measurement_of_a_published_number():
+    """However alike: the control without training has the method, the embedding and the settings of Table 9's row."""
+    number = next(n for n in results.published("cactus") if (n["table"], n["method"], n["embedding"], n["shot"]) ==
+                  ("9", "Embedding kNN", "DeepCluster", 1))  # fmt: skip
+    small, untrained = (vars(find_row(f"knn-deepcluster-mini-imagenet-{which}")) for which in ("small", "untrained"))
+    assert results.matches(number, small) and not results.matches(number, untrained)
+    ours = {n["shot"]: n["files"] for n in results.compare("cactus", "9") if
+            (n["method"], n["embedding"]) == ("Embedding kNN", "DeepCluster")}  # fmt: skip
+    assert ours and not any("untrained" in str(file) for files in ours.values() for file in files)

@@ -242,6 +242,8 @@ def matches(number: dict, record: dict) -> bool:
         return False
     if record["table"] == number["table"]:
         return record["variant"] == number["variant"]
+    if "ledger" in (record["table"], number["table"]):  # where choices stand that are not the paper's
+        return False
     return _settings(number["variant"]) <= _settings(record["variant"])
 
 
