@@ -88,6 +88,7 @@ def _cell(accuracies: torch.Tensor, base: torch.Tensor) -> dict:
 
 
 def main() -> None:
+    """Train, test and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", default="runs/meta_gmvae/figures", help="folder of the checkpoints")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="after which to test, ascending")

@@ -253,6 +253,7 @@ def write(record: dict, folder=None) -> Path:
 
 
 def main() -> None:
+    """Write one of the three records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("analysis", "codes", "regression"))
     parser.add_argument("--seed", type=int, default=0)

@@ -195,6 +195,7 @@ FIGURES = {"datasets": datasets, "architectures": architectures, "permutation": 
 
 
 def main() -> None:
+    """Write the record of one figure."""
     parser = _parser()
     given = parser.parse_args()
     if wrong := _wrong(given):
