@@ -112,6 +112,7 @@ EMBEDDINGS = {
         deviation="SimCLR for 10 epochs"),
     ("PCA pixels", "omniglot"): EmbeddingPlan("pca", {"d": 256}, _epochs(1, 1, 1)),
     ("PCA-16 pixels", "omniglot"): EmbeddingPlan("pca", {"d": 16}, _epochs(1, 1, 1)),
+    ("PCA-16 pixels", "mnist"): EmbeddingPlan("pca", {"d": 16}, _epochs(1, 1, 1)),
     ("random network", "omniglot"): EmbeddingPlan("random", {}, _epochs(1, 1, 1)),
 }  # fmt: skip
 
