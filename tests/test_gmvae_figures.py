@@ -29,6 +29,16 @@ def test_every_model_is_measured_along_its_training_and_goes_on_where_it_stopped
     json.dumps(whole, allow_nan=False)
 
 
+def test_measurements_of_another_protocol_are_not_taken_for_these(tmp_path, small, monkeypatch):
+    record = longer(tmp_path, (2,))
+    assert all(made["commit"] for made_by in record["trained_by"].values() for made in made_by)
+    for setting, value in (("TEST", {"tasks": 10}), ("OPTIONS", {"samples": 8})):
+        with monkeypatch.context() as patch:
+            patch.setattr(gmvae_figures, setting, getattr(gmvae_figures, setting) | value)
+            with pytest.raises(ValueError, match="other settings"):
+                longer(tmp_path, (2,))
+
+
 def test_the_difference_is_that_of_the_means(tmp_path, small):
     cells = longer(tmp_path, (3,))["models"]
     for shot in ("1", "5"):

@@ -2,7 +2,7 @@
 
     python -m umeta_core.gmvae_figures --runs FOLDER
 
-writes ``results/meta_gmvae/figures/longer-glyphs-seed0.json``. A quarter of an hour of a core; interrupted, it goes on
+writes ``results/meta_gmvae/figures/longer-glyphs-seed0.json``. 45 minutes of a core; interrupted, it goes on
 from the checkpoints in FOLDER.
 """
 
@@ -51,13 +51,14 @@ def longer(runs: str | Path, steps=STEPS, seed=0) -> dict:
     """
     protocol = {"network": NETWORK, "options": OPTIONS, "training": TRAINING, "test": TEST}
     record = {"what": "longer", "of": "glyphs", "seed": seed, "steps": list(steps), "models": {}, "seconds": {},
-              "protocol": protocol, **provenance("cpu")}  # fmt: skip
+              "trained_by": {}, "protocol": protocol, **provenance("cpu")}  # fmt: skip
     reference = {}
     for name, switches in MODELS.items():
         model, cells = build(seed, **OPTIONS, **switches), {"1": [], "5": []}
         checkpoint = Path(runs) / f"{name.lower().replace(' ', '-')}-seed{seed}.pt"
         for done in steps:
-            found = _after(model, checkpoint, done, seed)
+            found = _after(model, checkpoint, done, seed, {"model": name, **protocol})
+            record["trained_by"][name] = found.pop("made_by")
             record["seconds"][name] = round(found.pop("seconds"), 1)
             for shot, accuracies in found.items():
                 base = reference.setdefault((done, shot), accuracies)
@@ -66,19 +67,26 @@ def longer(runs: str | Path, steps=STEPS, seed=0) -> dict:
     return record
 
 
-def _after(model: MetaGMVAE, checkpoint: Path, steps: int, seed: int) -> dict:
-    """Accuracies ``[tasks]`` by shot after `steps` steps, those that a former call has measured from its file."""
+def _after(model: MetaGMVAE, checkpoint: Path, steps: int, seed: int, protocol: dict) -> dict:
+    """Accuracies ``[tasks]`` by shot after `steps` steps, those that a former call has measured from its file.
+
+    ValueError: a file of another protocol.
+    """
     measured = checkpoint.with_name(f"{checkpoint.stem}-{steps}.pt")
     if not measured.exists():
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         history = train(model, UnlabeledSets(load("glyphs", "train")), steps=steps, seed=seed, checkpoint=checkpoint,
-                        **TRAINING)  # fmt: skip
+                        config={key: protocol[key] for key in ("model", "network", "options")}, **TRAINING)  # fmt: skip
         test = load("glyphs", "test")
         source = PartitionTasks(test, features=model.embed(test.images))
         found = {str(shot): evaluate(model, source, shot=shot, **TEST).accuracies for shot in (1, 5)}
         with atomic(measured) as partial:
-            torch.save(found | {"seconds": history["seconds"]}, partial)
-    return load_tensors(measured, "measurement")
+            torch.save(found | {"seconds": history["seconds"], "made_by": history["made_by"], "protocol": protocol},
+                       partial)  # fmt: skip
+    found = load_tensors(measured, "measurement")
+    if found.pop("protocol", None) != protocol:
+        raise ValueError(f"{measured} was measured with other settings; give another folder, or remove it")
+    return found
 
 
 def _cell(accuracies: torch.Tensor, base: torch.Tensor) -> dict:

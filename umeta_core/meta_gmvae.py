@@ -337,8 +337,10 @@ class MetaGMVAE(CountedNoise, nn.Module):
     def embed(self, images: Tensor, chunk=1000) -> Tensor:
         """f(x), ``[n, features]``, of uint8 images ``[n, C, H, W]``, on running averages; `predict` takes them, too.
 
-        ValueError: images of another type.
+        ValueError: images of another type, or a model that learns on features.
         """
+        if self.encoder is None:
+            raise ValueError("this model learns on features and has no encoder; give its tasks the features themselves")
         was, device = self.training, next(self.parameters()).device
         self.eval()
         h = torch.cat([self.encoder(as_floats(x.to(device))) for x in images.split(chunk)])
@@ -359,7 +361,7 @@ class MetaGMVAE(CountedNoise, nn.Module):
 
         It starts from K different samples, two of which may be of one image (reference code). (eq-gmvae-prior)
         """
-        pooled = z.detach().flatten(1, 2)
+        pooled = z.detach().flatten(1, 2).nan_to_num(0, 0, 0)  # what diverged shows in the loss: no mixture fits it
         if not self.episodic:
             return Mixture(pooled.new_ones(len(z), 1), pooled.new_zeros(len(z), 1, self.latent))
         start = random_start(pooled, self.components, noise)

@@ -109,7 +109,7 @@ EMBEDDINGS = {
     ("SimCLR", "mini_imagenet"): EmbeddingPlan("simclr", {"normalize": True}, _epochs(1, 1, 400), batch=512),
     ("short SimCLR", "mini_imagenet"): EmbeddingPlan(
         "simclr", {"normalize": True, "autocast": True, "schedule": "cosine"}, _epochs(1, 1, 10), batch=512,
-        deviation="SimCLR for 10 epochs"),
+        deviation="SimCLR for 10 epochs, with a plain cosine, in bfloat16"),
     ("PCA pixels", "omniglot"): EmbeddingPlan("pca", {"d": 256}, _epochs(1, 1, 1)),
     ("PCA-16 pixels", "omniglot"): EmbeddingPlan("pca", {"d": 16}, _epochs(1, 1, 1)),
     ("PCA-16 pixels", "mnist"): EmbeddingPlan("pca", {"d": 16}, _epochs(1, 1, 1)),
