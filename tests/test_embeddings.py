@@ -103,19 +103,25 @@ def test_vectors_do_not_depend_on_their_company(tmp_path, model):
     assert torch.equal(fresh[type(model).__name__].restore(tmp_path / "m.pt").embed(images), z)
 
 
-@pytest.mark.parametrize("model", [
-    small(), ConvBiGAN(1, 28, 5, width=4, crop=16), PCAPixels(d=20), RandomNetwork(filters=4, generator=seeded()),
-])  # fmt: skip
+KINDS = [small(), ConvBiGAN(1, 28, 5, width=4, crop=16), PCAPixels(d=20),
+         RandomNetwork(filters=4, generator=seeded())]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", KINDS)
 def test_images_of_another_shape_are_refused(model):
-    with pytest.raises(ValueError, match=r"takes images of \(1, 28, 28\), these are \(1, 29, 28\); resize them"):
-        model.embed(pictures(3)[:, :, :1].expand(-1, -1, 29, -1))
+    images = pictures(40)[:, :, :1].expand(-1, -1, 29, -1)
+    for use in (model.embed, lambda x: model.fit(x, epochs=1, batch=16, progress=False)):
+        with pytest.raises(ValueError, match=r"takes images of \(1, 28, 28\), these are \(1, 29, 28\); resize them"):
+            use(images)
 
 
+@pytest.mark.parametrize("model", KINDS)
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.int64])
-def test_images_of_another_type_are_refused_and_left_alone(kind):
-    images = torch.ones(3, 1, 28, 28, dtype=kind)
-    with pytest.raises(ValueError, match="images are uint8, 0 to 255, not torch"):
-        small().embed(images)
+def test_images_of_another_type_are_refused_and_left_alone(model, kind):
+    images = torch.ones(40, 1, 28, 28, dtype=kind)
+    for use in (model.embed, lambda x: model.fit(x, epochs=1, batch=16, progress=False)):
+        with pytest.raises(ValueError, match="images are uint8, 0 to 255, not torch"):
+            use(images)
     assert (images == 1).all()
 
 

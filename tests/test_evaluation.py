@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -95,7 +97,9 @@ def test_images_that_were_embedded_before_get_the_same_answers():
     model = ProtoNet(Conv4(1, 28, 8, generator=g))
     model.loss(PartitionTasks(data).sample(4, 5, 1, 2, g))
     seen = PartitionTasks(data, features=model.embed(images, chunk=7))
-    once, again = (evaluate(model, source, way=5, shot=2, query=3, tasks=30) for source in (seen, PartitionTasks(data)))
+    tested = SimpleNamespace(predict=model.predict_embedded)
+    once, again = (evaluate(learner, source, way=5, shot=2, query=3, tasks=30)
+                   for learner, source in ((tested, seen), (model, PartitionTasks(data))))  # fmt: skip
     assert torch.equal(once.accuracies, again.accuracies)
     assert not ProtoNet(Conv4(1, 28, 8), batch_norm="transductive").sees_one
     assert not ProtoNet(Conv4(1, 28, 8), apart=True).sees_one

@@ -110,3 +110,19 @@ def test_bad_options_are_refused():
         ProtoNet(network(), batch_norm="frozen")
     with pytest.raises(ValueError, match="reduce='average' is not known; use sum or mean"):
         squared_distances(torch.rand(1, 2, 3), torch.rand(1, 2, 3), "average")
+
+
+def test_a_network_of_vectors_is_used_in_the_test_as_in_training():
+    """Tasks that show vectors are not tasks of finished features."""
+
+    class Doubled(torch.nn.Module):
+        def embed(self, x, stats="batch", update=False):
+            return torch.stack([x[:, 0], 3 * x[:, 1]], 1)
+
+    g = torch.Generator().manual_seed(0)
+    e = Episodes(torch.randn(4, 3, 2, 2, generator=g), torch.randn(4, 3, 5, 2, generator=g))
+    model = ProtoNet(Doubled())
+    xs, _, xq, _ = e.flat()
+    z = torch.tensor([1.0, 3.0]) * torch.cat([xs, xq], 1)
+    assert torch.equal(model.predict(e), model._logits(z, e))
+    assert not torch.equal(model.predict(e), model.predict_embedded(e))

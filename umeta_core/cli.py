@@ -348,6 +348,8 @@ def _print_list(rows, more, folder: Path) -> None:
         print(f"{row.slug:{width}}  {_row_line(row, numbers, [r for r in records if r['row'] == row.slug])}")
     embedded = [row for row in (*rows, *more) if row.needs_embedding]
     for row in {(row.fitted or row.embedding, row.dataset): row for row in embedded}.values():
+        if row.plan.weights_of or not row.plan.epochs["full"]:
+            continue  # a view of another fit, or no fit
         epochs, known = row.plan.epochs["full"], _duration(embedding_seconds(row, "full"))
         cost = f"{epochs} epochs, one thread {known}" if not row.plan.brought else "fitted by others"
         print(f"  embedding {row.fitted or row.embedding} of {row.dataset}: {cost}; shared by its rows")

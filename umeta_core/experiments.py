@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -220,9 +221,9 @@ def early_stopping(row: Row, scale: str, seed: int, device="cpu", stages=None) -
             "tasks": tasks, "seed": seed + 1}  # fmt: skip
 
     def validate(learner) -> float:
-        seen = _seen_once(learner, source)
+        tested, seen = _seen_once(learner, source)
         at_once = {"max_images": _at_once(seen, learner)} if seen.features is not None else {}
-        return evaluate(learner, seen, **at_once, **task).mean
+        return evaluate(tested, seen, **at_once, **task).mean
 
     return {"validate": validate, "validate_every": every, "keep_best": True, "patience": plan.get("patience")}
 
@@ -234,7 +235,7 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
     of a search all meet those of seed 0.
     """
     seed = row.draws(seed)
-    source = _seen_once(learner, testing_tasks(row, scale, row.test_split, device, stages))
+    tested, source = _seen_once(learner, testing_tasks(row, scale, row.test_split, device, stages))
     at_once = {"max_images": 300} if row.dataset == "imagenet" else {}
     at_once = {"max_images": _at_once(source, learner)} if source.features is not None else at_once
     cells = []
@@ -246,7 +247,7 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
             *_, result = path = evaluate_curve(learner, source, at, seed=seed, **task, **at_once)
             more = {"curve": {"steps": at, "accuracy": [round(point.mean, 3) for point in path]}}
         else:
-            result, more = evaluate(learner, source, seed=seed, **task, **at_once), {}
+            result, more = evaluate(tested, source, seed=seed, **task, **at_once), {}
         if row.readings and (way, shot) in row.tests[:2]:
             more["readings"] = {name: _reading(learner, changes, source, result, seed=seed, **task, **at_once)
                                 for name, changes in row.readings.items()}  # fmt: skip
@@ -272,11 +273,17 @@ def _reading(learner, changes: dict, source, first, *, tasks: int, **task) -> di
             "difference": round(gap.mean, 4), "difference_ci95": round(gap.ci95, 4)}  # fmt: skip
 
 
-def _seen_once(learner, source):
-    """Tasks of features in place of images, for a learner that sees every image alone: each is encoded once."""
-    alone = isinstance(learner, MetaGMVAE) and learner.encoder is not None or (
-        isinstance(learner, ProtoNet) and learner.sees_one and isinstance(source, PartitionTasks))
-    return PartitionTasks(source.images, None, learner.embed(source.images.images)) if alone else source
+def _seen_once(learner, source) -> tuple:
+    """The learner and its tasks, of features in place of images if it sees every image alone: each is encoded once."""
+    if not isinstance(source, PartitionTasks) or source.features is not None:
+        return learner, source
+    if isinstance(learner, ProtoNet) and learner.sees_one:
+        tested = SimpleNamespace(predict=learner.predict_embedded)
+    elif isinstance(learner, MetaGMVAE) and learner.encoder is not None:
+        tested = learner
+    else:
+        return learner, source
+    return tested, PartitionTasks(source.images, None, learner.embed(source.images.images))
 
 
 def _at_once(source, learner=None) -> int:

@@ -73,22 +73,22 @@ class ProtoNet(nn.Module):
 
     @torch.no_grad()
     def embed(self, images: Tensor, chunk=500) -> Tensor:
-        """Features ``[n, d]`` of uint8 images ``[n, C, H, W]``, on averages of training; `predict` takes them, too."""
+        """Features ``[n, d]`` of uint8 images ``[n, C, H, W]``, on averages of training, for `predict_embedded`."""
         device = next(self.parameters()).device
         return torch.cat([self.network.embed(as_floats(x.to(device)), stats="running") for x in images.split(chunk)])
 
     @torch.no_grad()
     def predict(self, episodes: Episodes) -> Tensor:
-        """Query logits ``[T, N*Q, N]``: negative squared distances to the prototypes.
-
-        Episodes show images, or what `embed` made of them if the learner `sees_one` at a time.
-        """
+        """Query logits ``[T, N*Q, N]``: negative squared distances to the prototypes."""
         xs, _, xq, _ = episodes.flat()
-        if self.sees_one and xs.dim() == 3:
-            return self._logits(torch.cat([xs, xq], 1), episodes)
         embed = self._known if self.batch_norm == "inductive" else self._by_task
         z = torch.cat([self._by_task(xs), embed(xq)], 1) if self.apart else embed(torch.cat([xs, xq], 1))
         return self._logits(z, episodes)
+
+    def predict_embedded(self, episodes: Episodes) -> Tensor:
+        """`predict` for episodes that show what `embed` made of their images, if the learner `sees_one` at a time."""
+        xs, _, xq, _ = episodes.flat()
+        return self._logits(torch.cat([xs, xq], 1), episodes)
 
     def _by_task(self, x: Tensor, update: bool = False) -> Tensor:
         """Features ``[T, n, d]`` of ``[T, n, C, H, W]`` under the statistics of each task."""

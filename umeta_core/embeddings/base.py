@@ -57,8 +57,10 @@ class Embedding(nn.Module):
 
         Raises:
             NonFiniteLoss: a loss is not finite; nothing is written from then on.
-            ValueError: fewer images, or fewer in an epoch, than one batch, or a checkpoint of another run.
+            ValueError: images that `embed` would refuse, fewer of them, or fewer in an epoch, than one batch, or a
+                checkpoint of another run.
         """
+        self.check_images(images)
         if len(images) < batch:
             raise ValueError(f"{len(images)} images do not fill one batch of {batch}; use a smaller batch")
         fitting = _Fitting(self, images, epochs, batch, seed, checkpoint)
@@ -80,12 +82,17 @@ class Embedding(nn.Module):
 
         Raises ValueError for images of another type, or of another shape than those it was made for.
         """
-        self.check_shape(images)
+        self.check_images(images)
         was = self.training
         self.eval()
         z = torch.cat([self.encode(as_floats(x)).float() for x in images.split(chunk)])
         self.train(was)
         return z
+
+    def check_images(self, images: Tensor) -> None:
+        """ValueError: images of another type than uint8, or of another shape than the embedding takes."""
+        as_floats(images[:0])
+        self.check_shape(images)
 
     def check_shape(self, images: Tensor) -> None:
         """ValueError: images ``[n, C, H, W]`` of another shape than the embedding takes."""

@@ -175,7 +175,6 @@ class DeepCluster(Embedding):
         Raises:
             ValueError: fewer images than clusters, or images of another shape.
         """
-        self.check_shape(images)
         if len(images) < self.clusters:
             raise ValueError(f"{len(images)} images cannot form {self.clusters} clusters; use fewer clusters")
         history = super().fit(images, epochs=epochs, batch=batch, checkpoint=checkpoint, **rest)

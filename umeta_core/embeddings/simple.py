@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data import as_floats
 from ..networks import Conv4
 from .base import Embedding
 
@@ -33,6 +34,7 @@ class PCAPixels(Embedding):
 
         A `checkpoint` that exists is read instead.
         """
+        self.check_images(images)
         if checkpoint and Path(checkpoint).is_file():
             self.restore(checkpoint)
             return dict(_DONE)
@@ -40,7 +42,7 @@ class PCAPixels(Embedding):
         some = torch.randperm(len(images), generator=generator, device=images.device)[:50_000]
         if len(some) <= self.d:
             raise ValueError(f"{len(some)} images cannot span d={self.d} components; use a smaller d")
-        x = images[some].flatten(1).float().div_(255)
+        x = as_floats(images[some]).flatten(1)
         self.mean = x.mean(0)
         x = x - self.mean
         values, vectors = torch.linalg.eigh(x.T @ x / (len(x) - 1))  # ascending
@@ -67,6 +69,7 @@ class RandomNetwork(Embedding):
 
     def fit(self, images: Tensor, *, epochs=1, batch=1000, seed=0, checkpoint=None, progress=True, **ignored) -> dict:
         """Ten batches for the statistics of batch norm; no weight moves. A `checkpoint` that exists is read instead."""
+        self.check_images(images)
         if checkpoint and Path(checkpoint).is_file():
             self.restore(checkpoint)
             return dict(_DONE)
@@ -74,7 +77,7 @@ class RandomNetwork(Embedding):
         with torch.no_grad():
             for _ in range(10):
                 index = torch.randint(len(images), (batch,), generator=generator, device=images.device)
-                self.network.embed(images[index].float().div_(255), update=True)
+                self.network.embed(as_floats(images[index]), update=True)
         if checkpoint:
             self.save(checkpoint)
         return dict(_DONE)

@@ -95,7 +95,6 @@ class Supervised(Embedding):
         Raises:
             ValueError: images of another shape, or labels that are not one of 0 ... classes - 1 for every image.
         """
-        self.check_shape(images)
         if labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < self.classes:
             raise ValueError(f"{len(images)} images need as many labels from 0 to {self.classes - 1}; "
                              f"got {len(labels)} from {labels.min()} to {labels.max()}")  # fmt: skip

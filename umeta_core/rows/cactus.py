@@ -138,10 +138,11 @@ def _inductive() -> list[Row]:
 
 
 def _views() -> list[Row]:
-    """What classifiers on BiGAN's codes owe to the squashing at the encoder's end, and to the codes' lengths."""
-    probes = [row for row in _probes("omniglot", "BiGAN", 500) if row.learner in ("knn", "linear", "nearest-mean")]
-    return [replace(_with_plan(row, f"{view} BiGAN", view), table="ledger") for view in ("logits", "unit")
-            for row in probes]  # fmt: skip
+    """What classifiers on codes owe to the squashing at the encoder's end, and to the codes' lengths."""
+    bigan = [row for row in _probes("omniglot", "BiGAN", 500) if row.learner in ("knn", "linear", "nearest-mean")]
+    infogan = [row for row in _probes("mnist", "InfoGAN", 10) if row.learner != "ridge"]
+    views = (("logits", "BiGAN", bigan), ("unit", "BiGAN", bigan), ("logits", "InfoGAN", infogan))
+    return [replace(_with_plan(row, f"{view} {of}", view), table="ledger") for view, of, rows in views for row in rows]
 
 
 def _untrained() -> list[Row]:

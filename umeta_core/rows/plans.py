@@ -52,6 +52,8 @@ EMBEDDINGS = {
     ("ACAI", "omniglot"): EmbeddingPlan("acai", {}, _epochs(1, 1, 763), batch=64, seconds=55),  # 2^24 images in all
     ("ACAI", "mnist"): EmbeddingPlan("acai", {}, _epochs(1, 1, 305), batch=64, whiten=True, seconds=140),
     ("InfoGAN", "mnist"): EmbeddingPlan("infogan", {}, _epochs(1, 3, 50), seconds=31),
+    ("logits InfoGAN", "mnist"): EmbeddingPlan("infogan", {"logits": True}, _epochs(1, 3, 50), weights_of="InfoGAN",
+                                               deviation="codes before their softmax"),
     # the images that are embedded give the statistics of the whitening (CACTUs, 4.1); "inductive": the training images
     ("DeepCluster", "mini_imagenet"): EmbeddingPlan("deepcluster", {"whiten": "own"}, _epochs(1, 1, 200), batch=256),
     ("DeepCluster", "celeba"): EmbeddingPlan(
@@ -110,10 +112,10 @@ EMBEDDINGS = {
     ("short SimCLR", "mini_imagenet"): EmbeddingPlan(
         "simclr", {"normalize": True, "autocast": True, "schedule": "cosine"}, _epochs(1, 1, 10), batch=512,
         deviation="SimCLR for 10 epochs, with a plain cosine, in bfloat16"),
-    ("PCA pixels", "omniglot"): EmbeddingPlan("pca", {"d": 256}, _epochs(1, 1, 1)),
-    ("PCA-16 pixels", "omniglot"): EmbeddingPlan("pca", {"d": 16}, _epochs(1, 1, 1)),
-    ("PCA-16 pixels", "mnist"): EmbeddingPlan("pca", {"d": 16}, _epochs(1, 1, 1)),
-    ("random network", "omniglot"): EmbeddingPlan("random", {}, _epochs(1, 1, 1)),
+    ("PCA pixels", "omniglot"): EmbeddingPlan("pca", {"d": 256}, _epochs(1, 1, 1), seconds=2),
+    ("PCA-16 pixels", "omniglot"): EmbeddingPlan("pca", {"d": 16}, _epochs(1, 1, 1), seconds=2),
+    ("PCA-16 pixels", "mnist"): EmbeddingPlan("pca", {"d": 16}, _epochs(1, 1, 1), seconds=3),
+    ("random network", "omniglot"): EmbeddingPlan("random", {}, _epochs(1, 1, 1), seconds=5),
 }  # fmt: skip
 
 
