@@ -385,3 +385,27 @@ def test_bad_comparisons_are_refused():
         parts.inspect(torch.zeros(2, 4), torch.zeros(4))
     with pytest.raises(ValueError, match="leaves all 4 images out"):
         parts.inspect(-torch.ones(4), torch.zeros(4))
+
+
+def test_impossible_sizes_are_refused():
+    for wrong in (lambda: parts.random_partitions(50, 0, 2, seeded()), lambda: parts.random_partitions(50, 3, 0, seeded()),
+                  lambda: parts.hyperplane_partitions(torch.rand(50, 4), 1, 2, seeded(), least=2)):  # fmt: skip
+        with pytest.raises(ValueError, match="asked for; at least one of"):
+            wrong()
+
+
+def test_clusters_are_shown_from_the_purest_or_the_largest():
+    pytest.importorskip("matplotlib").use("Agg")
+    from umeta_core.plots import show_clusters
+
+    partition = torch.tensor([0] * 4 + [1] * 6 + [2] * 5 + [3] * 2 + [-1])
+    labels = torch.tensor([7, 7, 7, 7, 1, 1, 1, 2, 2, 3, 5, 5, 5, 5, 6, 8, 8, 9])
+    images = partition.clamp(min=0).mul(60).byte().view(-1, 1, 1, 1).expand(-1, 1, 4, 4)  # the cluster is its gray
+    for given, order, numbers in ((labels, [0, 2, 1], ["1.00", "0.80", "0.50"]), (None, [1, 2, 0], ["6", "5", "4"])):
+        figure = show_clusters(images, partition, given, clusters=3, members=4, generator=seeded())
+        shown = [[round(float(ax.images[0].get_array().mean()) * 255 / 60) for ax in figure.axes[4 * i : 4 * i + 4]]
+                 for i in range(3)]  # fmt: skip
+        assert shown == [[c] * 4 for c in order]
+        assert [figure.axes[4 * i].texts[0].get_text() for i in range(3)] == numbers
+    with pytest.raises(ValueError, match="3 clusters have 4 members, 5 are to be shown"):
+        show_clusters(images, partition, members=4)

@@ -143,7 +143,8 @@ class Writer:
         if name == "eq":
             return self.book.reference(content)
         if name == "doc":
-            return f"[{text or target}]({SITE}/{posixpath.normpath(posixpath.join(self.folder, target))}.html)"
+            path = posixpath.normpath(posixpath.join(self.folder, target))
+            return f"[{text or title_of(ROOT / f'{path}.md')}]({SITE}/{path}.html)"
         if name == "math":
             return f"${content}$"
         if name == "glue:text":
@@ -298,6 +299,11 @@ class Writer:
                 raise error.at(first) from None
             out.append(nbformat.v4.new_markdown_cell(f"*Fig. {self.book.number(figure.get('name'))}. {caption}*"))
         return out
+
+
+def title_of(chapter: Path) -> str:
+    """The chapter's first heading."""
+    return next(line[2:].strip() for line in chapter.read_text().splitlines() if line.startswith("# "))
 
 
 def block_end(lines: list[str], start: int) -> int:

@@ -53,6 +53,8 @@ def build_learner(row: Row, channels: int, size: int, seed: int, features: int |
     """The row's meta-learner, initialized from `seed`, for square images or for vectors of `features` numbers."""
     generator = torch.Generator().manual_seed(seed)
     if row.learner == "protonets":
+        if features is not None:
+            raise ValueError(f"{row.slug} has inputs={row.inputs!r}, but prototypical networks learn from images here")
         return ProtoNet(Conv4(channels, size, **row.network, generator=generator), **row.options)
     if row.learner == "leo":
         return LEO(features, **row.options, seed=seed, generator=generator)

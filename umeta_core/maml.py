@@ -61,7 +61,7 @@ class MAML(nn.Module):
         network: `Conv4` or `MLP` with a head. Tasks of fewer ways use the head's first outputs (CACTUs, App. E.1).
         inner_lr: step size of adaptation; inner_steps: steps in training; test_steps: steps in `predict`.
         inner_loss: "sum" over the support set divided by K, which is N times the mean (reference code, not in the
-            paper: the published numbers need it), or "mean".
+            paper: the published numbers were made with it), or "mean".
         first_order: treat inner gradients as constants.
         adapt_norm: adapt batch norm's scale and shift too (LASIUM); otherwise they are meta-learned only (CACTUs).
         meta_sgd: learn one rate per weight, all starting at inner_lr (Li et al., 2017).

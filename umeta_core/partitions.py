@@ -430,6 +430,8 @@ def hyperplane_partitions(
         ValueError: as `kmeans` for embeddings that are not finite, and where `tries` is not enough.
     """
     check(z, 1)
+    if way < 2 or partitions < 1:
+        raise ValueError(f"{partitions} partitions into {way} cells asked for; at least one of two cells")
     sides = _pool_of_sides(z, planes, generator, 10 * least, margin, spread, tries)
     h = math.ceil(math.log2(way))
     if h > planes:
@@ -474,7 +476,12 @@ def _pool_of_sides(z, planes, generator, least, margin, spread, tries) -> Tensor
 
 
 def random_partitions(n: int, k: int, partitions: int, generator: torch.Generator) -> Tensor:
-    """P partitions by chance ``[P, n]``: every image gets one of k labels, independently (CACTUs' Random ablation)."""
+    """P partitions by chance ``[P, n]``: every image gets one of k labels, independently (CACTUs' Random ablation).
+
+    ValueError: k or P below 1.
+    """
+    if k < 1 or partitions < 1:
+        raise ValueError(f"{partitions} partitions into {k} classes asked for; at least one of each")
     return torch.randint(k, (partitions, n), generator=generator, device=generator.device, dtype=label_type(k))
 
 

@@ -57,6 +57,31 @@ def contact_sheet(images, columns: int = 20, scale: float = 0.4):
     return figure
 
 
+def show_clusters(images, partition, labels=None, clusters: int = 5, members: int = 12, generator=None, scale=0.5):
+    """A line of members for some clusters of a partition ``[n]`` of images ``[n, C, H, W]`` (CACTUs, Fig. 2a).
+
+    With `labels` ``[n]`` the lines go from the purest cluster to the least pure, each with its purity; else from the
+    largest to the smallest, with its size. Clusters with fewer members than a line holds are left out. Returns the
+    figure. ValueError: there are fewer such clusters than lines.
+    """
+    numbers, sizes = partition[partition >= 0].long().unique(return_counts=True)
+    numbers, value = numbers[sizes >= members], sizes[sizes >= members].float()
+    if len(numbers) < clusters:
+        raise ValueError(f"{len(numbers)} clusters have {members} members, {clusters} are to be shown; ask for fewer")
+    if labels is not None:
+        value = torch.stack([(labels[partition == c] == labels[partition == c].mode().values).float().mean()
+                             for c in numbers])  # fmt: skip
+    order = value.argsort(descending=True, stable=True)[torch.linspace(0, len(numbers) - 1, clusters).long()]
+    lines = [(partition == c).nonzero().squeeze(1) for c in numbers[order]]
+    chosen = torch.cat([line[torch.randperm(len(line), generator=generator)[:members]] for line in lines])
+    figure = contact_sheet(images[chosen], columns=members, scale=scale)
+    for line, number in enumerate(value[order].tolist()):
+        text = f"{number:.0f}" if labels is None else f"{number:.2f}"
+        figure.axes[members * line].text(-0.15, 0.5, text, ha="right", va="center", fontsize=9,
+                                         transform=figure.axes[members * line].transAxes)  # fmt: skip
+    return figure
+
+
 def show_episode(episodes, t: int = 0, queries: int = 5, predictions=None, scale: float = 0.5):
     """Task ``t`` of ``episodes``: one line per class, support left of the rule, up to ``queries`` queries right of it.
 

@@ -384,6 +384,8 @@ def table_rows(paper, table=None, dataset=None, measured_only=False, folder=None
 def table_text(paper: str, table=None, dataset=None, measured_only: bool = False, folder=None) -> str:
     """The comparison for the terminal: aligned columns, then a count of each verdict."""
     rows = table_rows(paper, table, dataset, measured_only, folder)
+    if not rows:
+        return f"Nothing of this is {'measured' if measured_only else 'published'} in {results_folder(folder)}."
     lines = [_HEADER, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

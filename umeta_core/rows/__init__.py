@@ -32,8 +32,8 @@ def on_dataset(row: Row, dataset: str) -> Row:
 def find_row(slug: str, dataset: str | None = None) -> Row:
     """The row named `slug` (``oracle-maml``, or ``oracle-maml-glyphs`` for its move to another dataset).
 
-    `dataset` asks for the paper's row on that dataset, or if it has none moves the row there. ValueError lists the rows
-    there are.
+    `dataset` asks for the paper's row on that dataset, or if it has none moves the row there. ValueError names the rows
+    that are spelled alike.
     """
     by_slug = {row.slug: row for row in ROWS}
     if dataset is not None:
@@ -46,7 +46,9 @@ def find_row(slug: str, dataset: str | None = None) -> Row:
         row = by_slug.get(slug.removesuffix(f"-{place.replace('_', '-')}"))
         if row is not None:
             return on_dataset(row, dataset or place)
-    raise ValueError(f"unknown row {slug!r}; rows: {', '.join(by_slug)}")
+    near = difflib.get_close_matches(slug, by_slug, 5)
+    raise ValueError(f"unknown row {slug!r}; " + (f"near: {', '.join(near)}; " if near else "")
+                     + "umeta reproduce PAPER --list shows them all")  # fmt: skip
 
 
 def select_rows(paper: str, table=None, names: str | None = None, dataset: str | None = None) -> list[Row]:
@@ -92,6 +94,8 @@ def _none_fits(paper: str, table, names: str | None, dataset: str | None) -> str
     slugs = [row.slug for row in ROWS if row.paper == paper and table in (None, row.table)]
     if not any(row.paper == paper for row in ROWS):
         return f"{paper} has no rows to run; python -m umeta_core.rule_figures makes what its chapter shows"
+    if names is not None and not names.strip(" ,"):
+        return "--rows is empty; give parts of the rows' names, separated by commas, or leave it out"
     given = {"--table": table, "--rows": names, "--dataset": dataset}
     filters = " ".join(f"{name} {value}" for name, value in given.items() if value is not None)
     near = names and difflib.get_close_matches(names, slugs, 5, 0.5)

@@ -47,15 +47,16 @@ EMBEDDINGS = {
     ("unit BiGAN", "omniglot"): EmbeddingPlan("bigan", {"d": 200}, _epochs(1, 10, 400), normalize=True,
                                              weights_of="BiGAN", deviation="codes scaled to length 1"),
     ("BiGAN", "mnist"): EmbeddingPlan("bigan", {"d": 50}, _epochs(1, 4, 400), seconds=32),
-    ("BiGAN", "mini_imagenet"): EmbeddingPlan("conv-bigan", {"d": 200}, _epochs(1, 1, 400)),
-    ("BiGAN", "celeba"): EmbeddingPlan("conv-bigan", {"d": 200}, _epochs(1, 1, 400)),
+    ("BiGAN", "mini_imagenet"): EmbeddingPlan("conv-bigan", {"d": 200}, _epochs(1, 1, 400), seconds=1700),
+    ("BiGAN", "celeba"): EmbeddingPlan("conv-bigan", {"d": 200}, _epochs(1, 1, 400), seconds=7100),
     ("ACAI", "omniglot"): EmbeddingPlan("acai", {}, _epochs(1, 1, 763), batch=64, seconds=55),  # 2^24 images in all
     ("ACAI", "mnist"): EmbeddingPlan("acai", {}, _epochs(1, 1, 305), batch=64, whiten=True, seconds=140),
     ("InfoGAN", "mnist"): EmbeddingPlan("infogan", {}, _epochs(1, 3, 50), seconds=31),
     ("logits InfoGAN", "mnist"): EmbeddingPlan("infogan", {"logits": True}, _epochs(1, 3, 50), weights_of="InfoGAN",
                                                deviation="codes before their softmax"),
     # the images that are embedded give the statistics of the whitening (CACTUs, 4.1); "inductive": the training images
-    ("DeepCluster", "mini_imagenet"): EmbeddingPlan("deepcluster", {"whiten": "own"}, _epochs(1, 1, 200), batch=256),
+    ("DeepCluster", "mini_imagenet"): EmbeddingPlan(
+        "deepcluster", {"whiten": "own"}, _epochs(1, 1, 200), batch=256, seconds=3600),
     ("DeepCluster", "celeba"): EmbeddingPlan(
         "deepcluster", {"view": "resize", "whiten": "own"}, _epochs(1, 1, 200), batch=256),
     ("inductive DeepCluster", "mini_imagenet"): EmbeddingPlan(
@@ -93,7 +94,7 @@ EMBEDDINGS = {
         deviation="features of a WRN-16-4 at 40x40 pixels"),
     # LASIUM, section 4.2 and code: generators; a few epochs are enough (see the chapter)
     ("VAE", "omniglot"): EmbeddingPlan("vae", {}, _epochs(1, 5, 1000), seconds=88),
-    ("GAN", "omniglot"): EmbeddingPlan("msgan", {}, _epochs(1, 1, 500), seconds=170),
+    ("GAN", "omniglot"): EmbeddingPlan("msgan", {}, _epochs(1, 1, 500), seconds=256),
     ("short VAE", "omniglot"): EmbeddingPlan("vae", {"autocast": True}, _epochs(1, 5, 50), seconds=40,
                                               deviation="VAE for 50 epochs"),
     ("short GAN", "omniglot"): EmbeddingPlan("msgan", {"autocast": True}, _epochs(1, 1, 40), seconds=85,
