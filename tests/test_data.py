@@ -202,8 +202,12 @@ def test_damaged_tiered_imagenet(tmp_path):
     labels = tmp_path / "val_labels.pkl"
     short = pickle.loads(labels.read_bytes()) | {"label_specific": np.zeros(5, np.int32)}
     labels.write_bytes(pickle.dumps(short, 2))
-    with pytest.raises(ValueError, match="6 images and val_labels.pkl 5 labels"):
+    with pytest.raises(ValueError, match="6 entries and val_labels.pkl 5 labels"):
         data.load("tiered_imagenet", "val", path=tmp_path)
+    for wrong in ({"label_specific": [0]}, ["label_specific"], short | {"label_specific": np.full(6, 2)}):
+        labels.write_bytes(pickle.dumps(wrong, 2))
+        with pytest.raises(ValueError, match="val_labels.pkl has no label_specific and label_specific_str that fit"):
+            data.load("tiered_imagenet", "val", path=tmp_path)
     images = tmp_path / "test_images_png.pkl"
     images.write_bytes(images.read_bytes()[:-100])
     with pytest.raises(ValueError, match="test_images_png.pkl is truncated or corrupt"):

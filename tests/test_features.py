@@ -354,6 +354,30 @@ def test_arrays_that_lie_about_memory_are_refused(tmp_path, array, message):
         read_embeddings(path)
 
 
+@pytest.mark.parametrize("content, message", [
+    # a name, and an order to give what it stands for another state: it would outlast the reading
+    (b"c_codecs\nencode\n(dX\x0c\x00\x00\x00__defaults__(X\x06\x00\x00\x00latin1tsb.", "a function with another state"),
+    (b"c_codecs\nencode\n.", "asks for a function"), (pickle.dumps({"embeddings": {1, 2}}), "asks for a set"),
+    (pickle.dumps([bytearray(b"x")], 5), "asks for a bytearray"), (pickle.dumps(np.dtype("f4")), "asks for a type"),
+])  # fmt: skip
+def test_only_numbers_strings_and_arrays_come_out(tmp_path, content, message):
+    (tmp_path / "x.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_pickle(tmp_path / "x.pkl")
+
+
+def test_lists_that_share_lists_are_read_once(tmp_path):
+    content = ["end"]
+    for _ in range(60):
+        content = [content, content]
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
+    read = read_pickle(tmp_path / "x.pkl")
+    for _ in range(60):
+        assert read[0] is read[1]
+        read = read[0]
+    assert read == ["end"]
+
+
 @pytest.mark.parametrize("protocol", range(6))
 def test_arrays_are_read_as_they_were_written(tmp_path, protocol):
     g = np.random.default_rng(0)

@@ -297,8 +297,11 @@ def test_raw_output_is_not_the_deviation():
 
 
 def test_nothing_is_sampled_in_predict():
+    """Neither anew nor once: the codes that adaptation starts from are the means."""
     model, e = small(), episodes()
+    model.eval()
     assert torch.equal(model.predict(e), model.predict(e))
+    assert torch.equal(model.adapt(e.support).codes[0], model.encode(e.support)[0].unsqueeze(2))
 
 
 def test_the_inner_loop_leaves_no_gradient_in_the_parameters():
@@ -427,6 +430,7 @@ def test_an_infinite_gradient_is_clipped_not_replaced():
     ({"spread": "log"}, "spread='log' is not known; use shifted or exp"),
     ({"nan_rule": "skip"}, "released or intended"),
     ({"prior": "none"}, "encoder, random or random at test"), ({"reduce": "max"}, "mean or sum"),
+    ({"clip": "none"}, "variable or whole"),
 ])  # fmt: skip
 def test_unknown_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
@@ -488,13 +492,6 @@ def test_steps_that_are_not_finite_are_counted():
     assert history["skipped"] == 5
     assert all(0 < loss < 100 for loss in history["loss"])
     assert all(p.isfinite().all() for p in model.parameters())
-
-
-def test_unknown_options():
-    with pytest.raises(ValueError, match="encoder, random or random at test"):
-        LEO(prior="none")
-    with pytest.raises(ValueError, match="mean or sum"):
-        LEO(reduce="max")
 
 
 def test_noise_differs_between_seeds_and_processes(monkeypatch):

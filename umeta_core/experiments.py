@@ -398,6 +398,7 @@ def run_row(
         "protocol": plain(row.protocol()), "notebook": notebook,
         **({"training_of": row.training_of} if row.training_of else {}),
         **({"trained_by": history["made_by"]} if "made_by" in history else {}),
+        **({"skipped": history["skipped"]} if "skipped" in history else {}),
         **embedding_record(row, scale, stages), **images_record(row, scale, stages), **origin,
     }  # fmt: skip
     write_record(record, folder)

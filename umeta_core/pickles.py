@@ -23,7 +23,7 @@ def read_pickle(path: str | Path):
     """
     with open(path, "rb") as file:
         try:
-            return _with_arrays(_Harmless(file, encoding="latin1").load())
+            return _with_arrays(_Harmless(file, encoding="latin1").load(), {})
         except _Refused as error:
             raise ValueError(f"{path} asks for {error}, which no pickle of numbers and strings does: get it from its "
                              "authors; it may be malicious") from None
@@ -130,15 +130,40 @@ def _scalar(dtype: _Type, data):
     return dtype.array(data, ())[()]
 
 
-def _with_arrays(content):
-    """`content` with arrays in place of what stands for them."""
+class _Function:
+    """A function that a pickle may call and not change."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, *arguments):
+        return self.call(*arguments)
+
+    def __setstate__(self, state):
+        raise _Refused("a function with another state")
+
+
+def _with_arrays(content, done: dict):
+    """`content` with arrays in place of what stands for them. `done`: what was made of objects, by their ids.
+
+    Without it lists that share lists would take for ever.
+    """
+    if id(content) in done:
+        return done[id(content)]
     if isinstance(content, _Array):
-        return content.value
-    if isinstance(content, dict):
-        return {_with_arrays(key): _with_arrays(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return type(content)(_with_arrays(value) for value in content)
-    return content
+        made = content.value
+    elif isinstance(content, dict):
+        made = {_with_arrays(key, done): _with_arrays(value, done) for key, value in content.items()}
+    elif isinstance(content, (list, tuple)):
+        made = type(content)(_with_arrays(value, done) for value in content)
+    elif content is None or isinstance(content, (str, bytes, int, float, np.ndarray, np.generic)):
+        return content
+    else:
+        raise _Refused(f"a {type(content).__name__.strip('_').lower()}")
+    done[id(content)] = made
+    return made
 
 
 _KNOWN = {
@@ -154,4 +179,5 @@ class _Harmless(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) not in _KNOWN:
             raise _Refused(f"{module}.{name}")
-        return _KNOWN[module, name]
+        known = _KNOWN[module, name]
+        return known if isinstance(known, str) else _Function(known)

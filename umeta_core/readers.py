@@ -146,12 +146,15 @@ def tiered_pickles(folder, split):
     from .pickles import read_pickle
 
     images, labels = folder / f"{split}_images_png.pkl", read_pickle(folder / f"{split}_labels.pkl")
-    numbers, classes = labels["label_specific"], labels["label_specific_str"]
+    wanted = ("label_specific", "label_specific_str")
+    numbers, classes = (labels.get(key) for key in wanted) if isinstance(labels, dict) else (None, None)
+    if numbers is None or classes is None or not len(numbers) or not 0 <= min(numbers) <= max(numbers) < len(classes):
+        raise ValueError(f"{folder / f'{split}_labels.pkl'} has no {' and '.join(wanted)} that fit: get it again")
 
     def fill(array):
         pngs = read_pickle(images)
-        if len(pngs) != len(array):
-            raise ValueError(f"{images} has {len(pngs)} images and {split}_labels.pkl {len(array)} labels: "
+        if not isinstance(pngs, list) or len(pngs) != len(array):
+            raise ValueError(f"{images} has {len(pngs)} entries and {split}_labels.pkl {len(array)} labels: "
                              "get both again")
         packs.decode(lambda i: io.BytesIO(np.asarray(pngs[i]).tobytes()), array, f"tiered_imagenet_{split}")
 
