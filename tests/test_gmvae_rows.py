@@ -6,9 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from umeta_core import stages
+from umeta_core import experiments, stages
+from umeta_core.baselines import NearestMean
 from umeta_core.costs import expected_seconds
+from umeta_core.data import ImageSet
 from umeta_core.embeddings.base import write_atomically
+from umeta_core.episodes import PartitionTasks
+from umeta_core.evaluation import evaluate
 from umeta_core.experiments import early_stopping, run_row, train_row, training_tasks, untrained
 from umeta_core.meta_gmvae import MetaGMVAE
 from umeta_core.results import matches, published
@@ -237,3 +241,18 @@ def test_expected_seconds_are_those_that_were_measured():
         assert abs((long - short) / 800 / seconds - 1) < 0.1
     other = find_row("gmvae-20way-5shot-decode1")
     assert expected_seconds(other, "full", training=False) < 0.5 * expected_seconds(other, "full")
+
+
+def test_a_reading_on_some_classes_alone():
+    """Turned characters are classes of their own, so that upright ones can be asked for."""
+    names = [f"a/{c}/rotated{turn}" for c in range(6) for turn in (0, 90)]
+    labels = torch.arange(12).repeat_interleave(8)
+    images = ImageSet(torch.zeros(96, 1, 4, 4).byte(), labels, names, [], "turned", "test")
+    z = torch.nn.functional.one_hot(labels, 12).float()
+    z[labels % 2 == 1] = 0  # what is turned cannot be told apart
+    first = evaluate(NearestMean(), PartitionTasks(images, features=z), way=5, shot=1, tasks=50)
+    task = {"way": 5, "shot": 1, "tasks": 50}
+    source = PartitionTasks(images, features=z)
+    found = experiments._reading(NearestMean(), {"classes": "/rotated0"}, source, first, **task)
+    assert found["accuracy"] == 100 > first.mean and found["difference_ci95"] == round(first.ci95, 4)
+    assert experiments._reading(NearestMean(), {"classes": "/mirrored"}, source, first, **task) is None

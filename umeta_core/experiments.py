@@ -6,6 +6,7 @@ One training serves all of a row's tests. The rows themselves are in `rows`, emb
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import tempfile
 import time
@@ -251,19 +252,24 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
         else:
             result, more = evaluate(tested, source, seed=seed, **task, **at_once), {}
         if row.readings and (way, shot) in row.tests[:2]:
-            more["readings"] = {name: _reading(learner, changes, source, result, seed=seed, **task, **at_once)
-                                for name, changes in row.readings.items()}  # fmt: skip
+            found = {name: _reading(learner, changes, source, result, seed=seed, **task, **at_once)
+                     for name, changes in row.readings.items()}  # fmt: skip
+            more["readings"] = {name: reading for name, reading in found.items() if reading}
         cells.append(_cell(task, result) | more)
     return cells
 
 
-def _reading(learner, changes: dict, source, first, *, tasks: int, **task) -> dict:
+def _reading(learner, changes: dict, source, first, *, tasks: int, **task) -> dict | None:
     """The test with some attributes of the learner changed, which are put back; and task by task how it differs.
 
-    The tasks are those of the `first` test, or the first of them if `changes` name fewer "tasks".
+    The tasks are those of the `first` test, or the first of them if `changes` name fewer "tasks". If they name
+    "classes", the tasks are others and the two means independent; None: there are no such classes.
     """
     changes = dict(changes)
     tasks = min(tasks, changes.pop("tasks", tasks))
+    ending = changes.pop("classes", None)
+    if ending and not (source := _of_classes(source, ending)):
+        return None
     before = {name: getattr(learner, name) for name in changes}
     try:
         vars(learner).update(changes)
@@ -271,8 +277,18 @@ def _reading(learner, changes: dict, source, first, *, tasks: int, **task) -> di
     finally:
         vars(learner).update(before)
     gap = Evaluation(result.accuracies - first.accuracies[:tasks])
+    half = math.hypot(result.ci95, first.ci95) if ending else gap.ci95
     return {"tasks": tasks, "accuracy": round(result.mean, 4), "ci95": round(result.ci95, 4),
-            "difference": round(gap.mean, 4), "difference_ci95": round(gap.ci95, 4)}  # fmt: skip
+            "difference": round(gap.mean, 4), "difference_ci95": round(half, 4)}  # fmt: skip
+
+
+def _of_classes(source: PartitionTasks, ending: str) -> PartitionTasks | None:
+    """Tasks of the classes whose names end so; None if there are none."""
+    images = source.images
+    kept = torch.tensor([name.endswith(ending) for name in images.class_names], device=images.labels.device)
+    if not kept.any():
+        return None
+    return PartitionTasks(images, torch.where(kept[images.labels], images.labels, -1), source.features)
 
 
 def _seen_once(learner, source) -> tuple:

@@ -34,8 +34,9 @@ class Row:
     take, that row included. It keeps snapshots, and each row selects among them by its own `validation`, without
     "patience".
 
-    `readings` are other ways to test the same trained learner, by name, each as attributes of the learner, and "tasks"
-    if these are to be fewer; they are measured in the first two tests.
+    `readings` are other ways to test the same trained learner, by name, each as attributes of the learner, "tasks" if
+    these are to be fewer, and "classes" for tasks of those whose names end so (left out where there are none); they are
+    measured in the first two tests.
 
     `search` makes the row a random search: the seed draws a configuration (see `configuration`), which is trained and
     then measured on the validation classes, so that a record is a trial; all trials meet the same tasks. It maps "lr"
