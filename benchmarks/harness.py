@@ -71,5 +71,5 @@ def report(times: dict[str, list[float]], ours: str, peers: set[str], gflop: flo
         # pair by pair: a shared machine drifts, the ratio within one round does not
         ratio = statistics.median(b / a for a, b in zip(times[ours], times[best]))
         print(f"  {ours} is {ratio:.2f}x as fast as the fastest peer here, {best}", flush=True)
-    else:
+    elif peers:
         print("  no peer installed: pip install higher learn2learn", flush=True)

@@ -169,7 +169,8 @@ def main():
 
         steps[name] = step
     report(
-        interleaved(steps, args.repeats, args.device), "umeta", {"higher", "learn2learn"}, work(*setting), args.device
+        interleaved(steps, args.repeats, args.device), "umeta", set() if setting[3] else {"higher", "learn2learn"},
+        work(*setting), args.device,
     )
 
 

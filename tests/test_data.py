@@ -275,8 +275,8 @@ def test_packing_imagenet_goes_on_after_an_interruption(tmp_path, monkeypatch):
     monkeypatch.setattr(packs, "read_image", until(7))
     with pytest.raises(KeyboardInterrupt):
         data.pack("imagenet", tmp_path, out)
-    (part,) = out.glob("[!.]*")  # nothing that looks complete
-    assert part.suffix == ".part" and data.locate("imagenet", path=out) is None
+    (part,) = out.glob("*.part")
+    assert data.locate("imagenet", path=out) is None and not (out / "imagenet.npy").exists()  # nothing looks complete
     written = part.stat().st_size // (3 * 224 * 224)
     with open(part, "ab") as file:
         file.write(b"torn")

@@ -103,6 +103,24 @@ def test_vectors_do_not_depend_on_their_company(tmp_path, model):
     assert torch.equal(fresh[type(model).__name__].restore(tmp_path / "m.pt").embed(images), z)
 
 
+def test_the_averages_of_the_random_network_are_its_images_statistics():
+    model, images = RandomNetwork(filters=4, generator=seeded()), pictures(300)
+    model.fit(images)
+    network = model.network
+    first = torch.nn.functional.conv2d(images.float() / 255, network.weights[0], padding=1, stride=2)
+    torch.testing.assert_close(network.running_mean[0], first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network.running_var[0], first.var((0, 2, 3)), rtol=1e-3, atol=1e-6)
+    x = images.float() / 255  # so every image is embedded as in that one batch
+    torch.testing.assert_close(model.encode(x), network.embed(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("other, images", [(small(lr=0.1), pictures()), (small(), 255 - pictures())])
+def test_a_checkpoint_of_other_settings_or_images_is_refused(tmp_path, other, images):
+    small().fit(pictures(), epochs=1, batch=16, checkpoint=tmp_path / "fit.pt", progress=False)
+    with pytest.raises(ValueError, match="belongs to another run .*(settings|pixels)"):
+        other.fit(images, epochs=1, batch=16, checkpoint=tmp_path / "fit.pt", progress=False)
+
+
 KINDS = [small(), ConvBiGAN(1, 28, 5, width=4, crop=16), PCAPixels(d=20),
          RandomNetwork(filters=4, generator=seeded())]  # fmt: skip
 

@@ -630,3 +630,13 @@ def test_mistakes_are_named():
             feature_model(**options)
     with pytest.raises(ValueError, match="no decoder for 15x15 images"):
         ImageDecoder(size=15)
+
+
+def test_losses_of_unequal_weight_are_refused():
+    """The decoder's gradients are summed over tasks while they are computed."""
+    model = image_model()
+    x = torch.rand(2, 5, 1, 14, 14, dtype=torch.float64)
+    z = torch.randn(2, 5, 3, 6, dtype=torch.float64, requires_grad=True)
+    model.reconstruction(x, z).sum().backward()
+    with pytest.raises(ValueError, match="must have equal weights"):
+        (model.reconstruction(x, z) * torch.tensor([1.0, 0.0])).sum().backward()

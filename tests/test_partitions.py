@@ -388,7 +388,8 @@ def test_bad_comparisons_are_refused():
 
 
 def test_impossible_sizes_are_refused():
-    for wrong in (lambda: parts.random_partitions(50, 0, 2, seeded()), lambda: parts.random_partitions(50, 3, 0, seeded()),
+    for wrong in (lambda: parts.random_partitions(50, 0, 2, seeded()),
+                  lambda: parts.random_partitions(50, 3, 0, seeded()),
                   lambda: parts.hyperplane_partitions(torch.rand(50, 4), 1, 2, seeded(), least=2)):  # fmt: skip
         with pytest.raises(ValueError, match="asked for; at least one of"):
             wrong()

@@ -17,7 +17,16 @@ from umeta_core.embeddings.bigan import BiGAN
 from umeta_core.embeddings.simclr import SimCLR
 from umeta_core.experiments import _queries, run_row, some_labels, training_tasks
 from umeta_core.readers import MINI_IMAGENET
-from umeta_core.results import REPOSITORY, check_record, compare, is_reduced, matches, published, read_record, record_path
+from umeta_core.results import (
+    REPOSITORY,
+    check_record,
+    compare,
+    is_reduced,
+    matches,
+    published,
+    read_record,
+    record_path,
+)
 from umeta_core.rows import EMBEDDINGS, ROWS, embedding_plan, find_row
 from umeta_core.rows.leo import BEST_TRIAL
 

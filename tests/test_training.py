@@ -216,9 +216,18 @@ def test_the_history_names_every_process_that_trained(tmp_path):
 
 
 def test_snapshots_need_to_know_how_often(tmp_path):
-    with pytest.raises(ValueError, match="snapshots are taken every `validate_every` steps; say how many"):
+    with pytest.raises(ValueError, match="snapshots come every `validate_every` steps; say how many"):
         train(learner(), source(), steps=1, snapshots=tmp_path, progress=False, **TASK)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("asked, message", [
+    ({"validate": lambda model: 0.0}, "every `validate_every` steps"), ({"keep_best": True}, "need `validate`"),
+    ({"patience": 3, "validate_every": 2}, "need `validate`"),
+])  # fmt: skip
+def test_what_cannot_be_done_without_validations_is_not_ignored(asked, message):
+    with pytest.raises(ValueError, match=message):
+        train(learner(), source(), steps=1, progress=False, **asked, **TASK)
 
 
 def test_a_folder_in_place_of_a_checkpoint_is_not_called_damaged(tmp_path):
@@ -326,7 +335,8 @@ def test_infinite_losses_that_are_answered_for_stop_nothing(monkeypatch):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
 
-    assert train(model, source(), steps=10, prepare=prepare, **TASK)["skipped"] == 10
+    history = train(model, source(), steps=10, prepare=prepare, **TASK)
+    assert history["skipped"] == 10 and set(history["loss"]) == set(history["accuracy"]) == {None}
 
 
 def test_files_that_several_processes_make_are_made_one_at_a_time(tmp_path):

@@ -19,8 +19,12 @@ def images(n, channels):
 
 @pytest.fixture(scope="module")
 def network():
-    torch.manual_seed(0)
-    return VGG19(1, 28, input=32, weights=None)
+    return VGG19(1, 28, input=32, weights=None, generator=torch.Generator().manual_seed(0))
+
+
+def test_untrained_weights_are_those_of_the_generator(network):
+    again = VGG19(1, 28, input=32, weights=None, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
 
 
 def test_each_image_has_its_own_vector(network):

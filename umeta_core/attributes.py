@@ -2,7 +2,7 @@
 
 import torch
 
-from .episodes import Episodes
+from .episodes import Episodes, sample_without_replacement
 
 
 def attribute_prototypes(images, attributes, r):
@@ -56,12 +56,13 @@ class AttributeTasks:
         p = torch.randint(len(self.prototypes), (tasks,), generator=generator, device=values.device)
         columns, booleans = self.prototypes[p].unbind(2)  # [T, 3]
         agree = (values[:, columns] == booleans).sum(2).T  # [T, n]: 3 for one class, 0 for the other
-        members = torch.stack([agree == 0, agree == 3], 1)
-        keys = torch.rand(members.shape, generator=generator, device=values.device).masked_fill_(~members, -1)
-        top = keys.topk(shot + query, dim=2)
-        if (top.values < 0).any():
+        members = torch.stack([agree == 0, agree == 3], 1).cumsum(2)  # [T, 2, n]: how many there are so far
+        counts = members[:, :, -1]
+        if (counts < shot + query).any():
             raise ValueError(f"a class has fewer than {shot} + {query} images; make the prototypes with that r")
+        chosen = sample_without_replacement(counts, shot + query, generator)
+        index = torch.searchsorted(members, chosen + 1)  # where the count first is that high
         swap = torch.rand(tasks, 1, 1, generator=generator, device=values.device) < 0.5
-        index = torch.where(swap, top.indices.flip(1), top.indices)
+        index = torch.where(swap, index.flip(1), index)
         shown = self.images.shown(index) if self.features is None else self.features[index]
         return Episodes(shown[:, :, :shot], shown[:, :, shot:])

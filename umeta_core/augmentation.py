@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .data import ImageSet
+from .data import ImageSet, as_floats
 from .episodes import Episodes, sample_without_replacement
 
 
@@ -94,7 +94,7 @@ class AugmentedTasks:
         x = pixels[index.to(pixels.device)].to(index.device)
         copies = self.augment(x.flatten(0, 1).repeat_interleave(query, 0), generator)
         if self.embed is None:
-            support, copies = x.float().div_(255), copies.float().div_(255)
+            support, copies = as_floats(x), as_floats(copies)
         else:
             support, copies = self.embed(x.flatten(0, 1)).unflatten(0, (tasks, way)), self.embed(copies)
         return Episodes(support.unsqueeze(2), copies.unflatten(0, (tasks, way, query)))

@@ -266,7 +266,7 @@ class MLPClassifier:
         xs, ys, xq = _embeddings(episodes)
         weights = self.initial(len(xs), xs.shape[2], episodes.way, xs)
         adam = torch.optim.Adam(weights, self.learning_rate, eps=1e-7, fused=True)  # Keras' eps
-        watch = _Patience(episodes.flat()[3]) if self.stop_on_query else None
+        watch = _Patience(episodes.labels) if self.stop_on_query else None
         for _ in range(self.epochs):
             adam.zero_grad()
             with torch.enable_grad():

@@ -83,6 +83,7 @@ def _add_row_command(commands, name: str, run, text: str) -> None:
     if name == "train":
         command.add_argument("--steps", type=_positive, help="stop earlier than the scale says; a reduced budget")
         command.add_argument("--record", action="store_true", help="write the record that `umeta results` compares")
+        command.add_argument("--results", type=Path, help="folder of records (default: $UMETA_RESULTS or results)")
     command.set_defaults(run=run)
 
 
@@ -238,12 +239,13 @@ def _train(arguments) -> None:
     seconds = expected_seconds(row, arguments.scale, arguments.device)
     if not arguments.checkpoint and (seconds or 0) > 600:
         print(f"without --checkpoint an interruption loses all of {_duration(seconds)}", file=sys.stderr)
-    old = results.record_path(row.paper, row.slug, arguments.scale, arguments.seed)
+    folder = results.own_folder(arguments.results)
+    old = results.record_path(row.paper, row.slug, arguments.scale, arguments.seed, folder)
     if arguments.record and old.exists() and results.budget(results.read_record(old)) > row.budget(arguments.scale):
         raise ValueError(f"{old} is of more than {row.budget(arguments.scale):,} steps; move it away first")
     if arguments.record and first:
-        record = run_row(row, arguments.scale, arguments.seed, arguments.device, checkpoint=arguments.checkpoint,
-                         stages=_stages(row, arguments))  # fmt: skip
+        record = run_row(row, arguments.scale, arguments.seed, arguments.device, folder=folder,
+                         checkpoint=arguments.checkpoint, stages=_stages(row, arguments))  # fmt: skip
         _print_cells(record["cells"])
         print(f"record: {old}")
         return
@@ -530,7 +532,7 @@ def _results(arguments) -> None:
     table = results.table_markdown if arguments.markdown else results.table_text
     print(table(arguments.paper, arguments.table, arguments.dataset, arguments.measured, arguments.results))
     if arguments.paper == "learned_rule":  # it has no rows, so that all of its numbers look as if they were not run
-        print("What python -m umeta_core.rule_figures measures stands beside these numbers in the chapter on its tables.")
+        print("The chapter on its tables sets what python -m umeta_core.rule_figures measures beside these numbers.")
 
 
 def main(argv=None) -> int:

@@ -200,7 +200,8 @@ def from_folder(folder, size=84, gray=False):
     names = sorted({file.parent.name for file in files})
     number = {name: i for i, name in enumerate(names)}
     images = torch.from_numpy(packs.decode_files(files, size, folder.name))
-    images = images.float().mean(1, keepdim=True).round().byte() if gray else images
+    if gray:
+        images = torch.cat([x.float().mean(1, keepdim=True).round().byte() for x in images.split(2000)])
     labels = torch.tensor([number[file.parent.name] for file in files])
     return ImageSet(images, labels, names, [], folder.name, "all")
 

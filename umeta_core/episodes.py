@@ -47,13 +47,17 @@ class Episodes:
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Support ``[T, N*K, ...]``, its labels ``[T, N*K]``, query ``[T, N*Q, ...]``, its labels ``[T, N*Q]``."""
-        return *_flat(self.support), *_flat(self.query)
+        return self.support.flatten(1, 2), _labels(self.support), self.query.flatten(1, 2), self.labels
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels of the queries ``[T, N*Q]``, without a copy of the images, which `flat` makes."""
+        return _labels(self.query)
 
 
-def _flat(x: Tensor) -> tuple[Tensor, Tensor]:
+def _labels(x: Tensor) -> Tensor:
     tasks, way, each = x.shape[:3]
-    labels = torch.arange(way, device=x.device).repeat_interleave(each).expand(tasks, -1)
-    return x.flatten(1, 2), labels
+    return torch.arange(way, device=x.device).repeat_interleave(each).expand(tasks, -1)
 
 
 def sample_without_replacement(counts: Tensor, r: int, generator: torch.Generator) -> Tensor:

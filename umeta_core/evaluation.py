@@ -69,7 +69,8 @@ def evaluate(
 
     Args:
         learner: anything with ``predict(episodes) -> logits [T, N*Q, N]``.
-        max_images: how many images are handled at once; lower it if memory runs out.
+        max_images: how many images are handled at once; lower it if memory runs out. (The draws of a learner that
+            draws at test time without looking at `Episodes.first`, such as the MLP, are then others.)
 
     Raises:
         ValueError: way, shot, query or tasks below 1.
@@ -103,7 +104,7 @@ def _correct(learner, predict, source, max_images: int, *, tasks: int, way: int,
     with _testing(learner):
         for episodes in _progress(blocks, tasks):
             points = in_chunks(predict, episodes, max_images)
-            found.append(torch.stack([accuracy(logits, episodes.flat()[3]).cpu() for logits in points]))
+            found.append(torch.stack([accuracy(logits, episodes.labels).cpu() for logits in points]))
     return torch.cat(found, 1)
 
 

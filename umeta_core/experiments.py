@@ -28,7 +28,7 @@ from .meta_gmvae import FeatureDecoder, ImageDecoder, ImageEncoder, MetaGMVAE, U
 from .networks import MLP, Conv4, LinearHead
 from .packs import alone
 from .protonets import ProtoNet
-from .results import REPOSITORY, SCALES, check_writable, provenance, results_folder, write_record
+from .results import REPOSITORY, SCALES, check_writable, own_folder, provenance, write_record
 from .rows import Row, embedding_plan
 from .snapshots import select, selected, snapshots_of
 from .speed import rank, world
@@ -384,14 +384,14 @@ def run_row(
 
     Args:
         scale: "smoke" (seconds), "quick" (a minute or two) or "full" (the paper's budget).
-        folder: of the records (None: see `results.results_folder`).
+        folder: of the records (None: see `results.own_folder`).
         checkpoint: file to save to and resume from; an interrupted run goes on where it stopped.
         notebook: path of the executed notebook, to be named in the record.
         stages: folder of embeddings and partitions (None: see `stages.stages_folder`).
     """
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; scales: {', '.join(SCALES)}")
-    check_writable(results_folder(folder) / row.paper)
+    check_writable(own_folder(folder) / row.paper)
     if checkpoint:
         check_writable(Path(checkpoint).parent)
     origin = provenance(device)  # before the run: the code that is about to be executed
@@ -469,7 +469,7 @@ def execute_notebook(row: Row, scale: str, seed: int, device="cpu", threads=1, f
     stem.parent.mkdir(parents=True, exist_ok=True)
     copy, checkpoint = Path(f"{stem}.ipynb"), training_file(row, f"{stem}.pt")
     parameters = {"row": row.slug, "scale": scale, "seed": seed, "device": str(device), "threads": threads,
-                  "results": str(results_folder(folder).resolve()), "checkpoint": str(checkpoint),
+                  "results": str(own_folder(folder).resolve()), "checkpoint": str(checkpoint),
                   "stages": str(stem.parent / "stages"),
                   "notebook": f"{Path(runs).resolve().name}/{row.paper}/{copy.name}"}  # fmt: skip
     run_notebook(NOTEBOOKS / f"{row.paper}.ipynb", copy, parameters)

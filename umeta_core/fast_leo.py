@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .losses import check_equal_weights
+
 
 @dataclass
 class Decoded:
@@ -153,11 +155,6 @@ class QueryLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gout, *_):
-        # every loss counts the same in a meta-step, so that its gradients could be summed over tasks on the way
-        message = "the losses of the tasks must have equal weights, as their mean has"
-        if gout.is_cuda:  # looks without waiting for the answer
-            torch._assert_async((gout == gout[:1]).all(), message)
-        elif not torch.equal(gout, gout[:1].expand_as(gout)):
-            raise ValueError(message)
+        check_equal_weights(gout)  # so that gradients could be summed over tasks on the way
         z, *shared = (g * gout[0] for g in ctx.gradients)
         return z, *shared, None, None, None, None

@@ -120,7 +120,7 @@ class MAML(nn.Module):
         rates = self._rates(episodes.way)
         learned = rates if self.rates is not None else []
         losses, logits = _MetaLoss.apply(self, episodes, rates, *start, *learned)
-        return losses, accuracy(logits, episodes.flat()[3])
+        return losses, accuracy(logits, episodes.labels)
 
     def loss_reference(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """The same by automatic differentiation through every inner step, for any network."""
@@ -153,14 +153,14 @@ class MAML(nn.Module):
         """
         if not at or any(a >= b for a, b in zip(at, at[1:])):
             raise ValueError(f"steps {at} are not ascending; name each once, in order")
-        xs, ys, xq, _ = episodes.flat()
         rates = self._rates(episodes.way)
         start = self.network.tensors(episodes.way)
         if not isinstance(self.network, Conv4):
-            return self._predict_curve_reference(start, rates, xs, ys, xq, episodes, at)
+            return self._predict_curve_reference(start, rates, episodes, at)
         return torch.cat(_over_chunks(self.network, episodes, lambda e: _InnerLoop(self, e, start, rates).curve(at)), 1)
 
-    def _predict_curve_reference(self, start, rates, xs, ys, xq, episodes, at) -> Tensor:
+    def _predict_curve_reference(self, start, rates, episodes, at) -> Tensor:
+        xs, ys, xq, _ = episodes.flat()
         scale, curve, done = self._weight(episodes) * ys.shape[1], [], 0
         params = [p.detach().expand(episodes.tasks, *p.shape).clone().requires_grad_() for p in start]
         for step in at:

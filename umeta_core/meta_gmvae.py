@@ -18,6 +18,7 @@ from .data import ImageSet, as_floats
 from .em import Mixture, em, labeled_start, random_start
 from .episodes import Episodes
 from .fast_conv4 import Geometry, batch_statistics, channels_last, conv_block
+from .losses import check_equal_weights
 from .noise import CountedNoise
 from .training import noise_of_call
 
@@ -405,7 +406,7 @@ class MetaGMVAE(CountedNoise, nn.Module):
     def reconstruction(self, x: Tensor, z: Tensor) -> Tensor:
         """Mean of ``-log p(x | z)``, ``[T]``, of images ``[T, M, ...]`` and samples ``[T, M, N, d]``, in chunks.
 
-        Its gradient takes for granted that the losses of all tasks have the same weight, as in their mean.
+        Its gradient needs losses of equal weight, as their mean has. ValueError: others.
         """
         if torch.is_grad_enabled():
             return _Reconstruction.apply(z, self, x, *self.decoder.parameters())
@@ -526,5 +527,6 @@ class _Reconstruction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        to_z, *to_parameters = (saved * g.mean() for saved in ctx.saved_tensors)
+        check_equal_weights(g)  # gradients of parameters are those of the sum over tasks
+        to_z, *to_parameters = (saved * g[0] for saved in ctx.saved_tensors)
         return to_z, None, None, *to_parameters

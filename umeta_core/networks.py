@@ -108,11 +108,12 @@ class Conv4(nn.Module):
         """For each of `tensors()`: does it belong to the head?"""
         return [False] * (3 * self.blocks) + [True] * (0 if self.way is None else 2)
 
-    def embed(self, x: Tensor, stats: str = "batch", update: bool = False) -> Tensor:
+    def embed(self, x: Tensor, stats: str = "batch", update: bool = False, momentum=0.1) -> Tensor:
         """Features ``[n, d]`` of images ``[n, C, H, W]`` with the shared weights.
 
         `stats` says which batch-norm statistics are used: "batch" (those of x) or "running" (the averages over
-        training, momentum 0.1 and unbiased variance as in PyTorch's BatchNorm2d). `update` adds x to the averages.
+        training, with unbiased variance as in PyTorch's BatchNorm2d). `update` gives x the share `momentum` of the
+        averages.
         """
         one_of("stats", stats, ("batch", "running"))
         if stats == "running":
@@ -122,13 +123,13 @@ class Conv4(nn.Module):
             n = x.shape[0] * self.geometry.side(x.shape[2]) * self.geometry.side(x.shape[3])
             x, mean, var = conv_block(x, self.weights[b], self.scales[b], self.shifts[b], self.geometry)
             if update:
-                self._gather(b, mean, var, n)
+                self._gather(b, mean, var, n, momentum)
         return self._flatten(x)
 
-    def _gather(self, block: int, mean: Tensor, var: Tensor, n: int) -> None:
+    def _gather(self, block: int, mean: Tensor, var: Tensor, n: int, momentum=0.1) -> None:
         """Add the statistics ``[F]`` of n pixels to the averages; the biased variance becomes the unbiased one."""
-        self.running_mean[block].lerp_(mean, 0.1)
-        self.running_var[block].lerp_(var * n / (n - 1), 0.1)
+        self.running_mean[block].lerp_(mean, momentum)
+        self.running_var[block].lerp_(var * n / (n - 1), momentum)
 
     def _embed_running(self, x: Tensor) -> Tensor:
         """With fixed statistics batch norm is a rescaled filter and a bias, which commute with the max-pool."""

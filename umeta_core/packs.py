@@ -237,8 +237,12 @@ def decode(image_file, array, what, crop=None):
         name = source if isinstance(source, (str, Path)) else f"image {i} of {what}"
         array[i] = read_image(source, array.shape[-1], name, crop)
 
+    def some_at_a_time():  # waiting tasks take memory, too
+        for first in range(0, len(array), 1000):
+            yield from pool.map(one, range(first, min(first + 1000, len(array))))
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in progress(pool.map(one, range(len(array))), len(array), f"decoding {what}"):
+        for _ in progress(some_at_a_time(), len(array), f"decoding {what}"):
             pass
 
 

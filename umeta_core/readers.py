@@ -241,11 +241,12 @@ def pack_imagenet(folder, out):
     stamp = hashlib.sha256("\n".join(f"{file.parent.name}/{file.name}" for file in files).encode()).hexdigest()[:16]
     with packs.alone(array):  # of several runs one packs
         if not (array.exists() and archive.exists() and packs.read_archive(archive, "stamp")[0] == stamp):
-            packs.append_images(array, files, 224, stamp)
+            array.unlink(missing_ok=True)  # of other files
             classes = list(dict.fromkeys(labels))
             number = {wnid: i for i, wnid in enumerate(classes)}
             packs.write_archive(archive, labels=np.array([number[wnid] for wnid in labels], np.int16),
                                 class_names=np.array(classes), stamp=np.array(stamp))
+            packs.append_images(array, files, 224, stamp)  # last, as the array has its name when it is whole
     return [array, archive]
 
 

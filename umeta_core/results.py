@@ -50,6 +50,12 @@ def results_folder(folder=None) -> Path:
     return next((own for own in (REPOSITORY / "results", INSTALLED) if own.is_dir()), Path("results"))
 
 
+def own_folder(folder=None) -> Path:
+    """Where new records go: `results_folder`, but never into the installed copy, ``./results`` then."""
+    found = results_folder(folder)
+    return Path("results") if found == INSTALLED else found
+
+
 # Published numbers -------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +138,7 @@ def write_record(record: dict, folder=None) -> Path:
     """Check ``record``, write it in one step (a reader never sees half a file), and return its path."""
     check_record(record)
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    path = record_path(record["paper"], record["row"], record["scale"], record["seed"], folder)
+    path = record_path(record["paper"], record["row"], record["scale"], record["seed"], own_folder(folder))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -108,7 +108,7 @@ class ProtoMLP(nn.Module):
 
     def loss(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Cross-entropy and accuracy ``[T]`` of the queries."""
-        logits, labels = self.predict(episodes), episodes.flat()[3]
+        logits, labels = self.predict(episodes), episodes.labels
         return cross_entropy(logits, labels), accuracy(logits.detach(), labels)
 
 

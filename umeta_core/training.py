@@ -84,16 +84,20 @@ def train(
     Returns:
         ``{"step": [...], "loss": [...], "accuracy": [...], "validation": [[step, value], ...], "seconds": float,
         "made_by": [...]}``, loss and accuracy averaged since the entry before, made_by the commit, device and versions
-        of each process that trained; with `validate` also "validation_seconds".
+        of each process that trained; with `validate` also "validation_seconds". Where `prepare` made up for every
+        loss of an interval, its loss and accuracy are None.
 
     Raises:
         NonFiniteLoss: the loss is not finite; nothing is written from then on.
         ValueError: the checkpoint belongs to another run (the message names the fields that differ), is beyond `steps`,
             did not keep the best weights that are asked for, or has the random numbers of another kind of device; fewer
-            tasks than processes; snapshots without `validate_every`.
+            tasks than processes; snapshots or `validate` without `validate_every`, `keep_best` or `patience` without
+            `validate`.
     """
-    if snapshots and not validate_every:
-        raise ValueError("snapshots are taken every `validate_every` steps; say how many")
+    if (snapshots or validate) and not validate_every:
+        raise ValueError("validations and snapshots come every `validate_every` steps; say how many")
+    if (keep_best or patience) and not validate:
+        raise ValueError("keep_best and patience need `validate`, which tells what is best")
     fixed = dict(config or {}, tasks=tasks, way=way, shot=shot, query=query, clip=clip, seed=seed,
                  lr=lr(0) if callable(lr) else lr)  # fmt: skip
     run = _Run(learner, source, config=fixed, schedule=lr if callable(lr) else None, prepare=prepare, device=device,
@@ -223,22 +227,26 @@ class _Run:
 
     def _check(self, mean: torch.Tensor) -> None:
         if not torch.isfinite(mean).all():
-            kept = f"; the last checkpoint, {self.checkpoint}, is from before" if self.checkpoint else ""
             raise NonFiniteLoss(
-                f"the loss became {mean[0].item()} at step {self.step}{kept}. "
+                f"the loss became {mean[0].item()} at step {self.step}{self._kept()}. "
                 "Lower the learning rates or clip the gradient."
             )
+
+    def _kept(self) -> str:
+        return f"; the last checkpoint, {self.checkpoint}, is from before" if self.checkpoint else ""
 
     def log(self) -> None:
         recent = torch.stack(self.recent)
         if self.prepare is not None:
             finite = recent.isfinite().all(1)
             self.history["skipped"] = self.history.get("skipped", 0) + int((~finite).sum())
-            recent = recent[finite] if finite.any() else recent.nan_to_num(0.0, 0.0, 0.0)
-        mean = recent.mean(0)
-        self._check(mean)
+            recent = recent[finite]
+        mean = (None, None)  # all of them were skipped
+        if len(recent):
+            self._check(recent.mean(0))
+            mean = recent.mean(0).tolist()
         self.recent = []
-        for key, value in zip(("step", "loss", "accuracy"), (self.step, *mean.tolist())):
+        for key, value in zip(("step", "loss", "accuracy"), (self.step, *mean)):
             self.history[key].append(value)
 
     def check(self) -> None:
@@ -247,8 +255,8 @@ class _Run:
             self._check(torch.stack(self.recent).mean(0))
         if not torch.stack([p.detach().isfinite().all() for p in self.params]).all():
             raise NonFiniteLoss(
-                f"a weight is not finite at step {self.step}, though the loss is; the last checkpoint, "
-                f"{self.checkpoint}, is from before. Lower the learning rates or clip the gradient."
+                f"a weight is not finite at step {self.step}, though the loss is{self._kept()}. "
+                "Lower the learning rates or clip the gradient."
             )
 
     def save(self) -> None:
@@ -315,7 +323,9 @@ class _Report:
         if not self.shown:
             return
         h, run = self.run.history, self.run
-        text = f"loss {h['loss'][-1]:.4f} accuracy {100 * h['accuracy'][-1]:.1f} %"
+        text = "every loss of late was skipped"
+        if h["loss"][-1] is not None:
+            text = f"loss {h['loss'][-1]:.4f} accuracy {100 * h['accuracy'][-1]:.1f} %"
         if h["validation"]:
             text += f" validation {h['validation'][-1][1]:.2f} %"
         if self.bar is not None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data import as_floats
 from .base import Embedding
 
 SLOPE = 0.2  # of LeakyReLU below zero
@@ -75,7 +76,7 @@ class ACAI(Embedding):
 
     def step(self, images: Tensor, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Both players move at once, from the same forward pass."""
-        x = self._pad(images[index].float().div_(255))
+        x = self._pad(as_floats(images[index]))
         alpha = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) / 2
         autoencoder, critic, losses = self.losses(x, alpha)
         for optimizer in self.opt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -134,7 +135,8 @@ class _Fitting:
         self.model, self.images, self.epochs, self.batch = model, images, epochs, batch
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.config = {"model": type(model).__name__, "images": len(images), "epochs": epochs, "batch": batch,
-                       "seed": seed, "options": getattr(model, "options", {})}  # fmt: skip
+                       "seed": seed, "options": getattr(model, "options", {}), "settings": _settings(model),
+                       "pixels": _mark(images)}  # fmt: skip
         self.generator = torch.Generator(device=images.device).manual_seed(seed)
         model.opt = model.optimizers()
         self.epoch, self.at, self.order, self.sums = 0, 0, None, {}
@@ -196,7 +198,8 @@ class _Fitting:
     def load(self) -> None:
         state = read(self.checkpoint)
         old = state.get("config", {})
-        old.setdefault("options", self.config["options"])  # files of older versions do not say
+        for what in ("options", "settings", "pixels"):  # files of older versions do not say
+            old.setdefault(what, self.config[what])
         differ = [f"{k}: {old.get(k)!r} there, {v!r} here" for k, v in self.config.items() if old.get(k) != v]
         if differ:
             raise ValueError(f"{self.checkpoint} belongs to another run ({'; '.join(differ)}); "
@@ -224,6 +227,17 @@ class _Fitting:
         left = (self.epochs - self.done) * (now - self.started) / max(self.done - self.first, 1e-9)
         losses = "  ".join(f"{k} {v[-1]:.4f}" for k, v in self.history.items() if k not in ("epoch", "seconds"))
         print(f"epoch {self.done:.1f}/{self.epochs}  {losses}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+
+def _settings(model: Embedding) -> dict:
+    """What a model was built with, as far as its attributes are numbers and words that no training changes."""
+    return {name: value for name, value in vars(model).items()
+            if isinstance(value, (int, float, str)) and not isinstance(value, bool) and name != "nmi"}  # fmt: skip
+
+
+def _mark(images: Tensor) -> str:
+    """A checksum of a thousand of the images."""
+    return hashlib.sha256(images[:: -(-len(images) // 1000)].cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def write_atomically(state: dict, path: str | Path) -> None:

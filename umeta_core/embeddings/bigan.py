@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data import as_floats
 from .base import Embedding
 
 
@@ -87,7 +88,7 @@ class BiGAN(Embedding):
 
     def step(self, images, index, generator) -> dict[str, Tensor]:
         """Both losses at the same weights, then both updates: what the authors call updating both."""
-        x = self._views(images[index].float().div_(255), generator)
+        x = self._views(as_floats(images[index]), generator)
         z = torch.rand(len(x), self.d, generator=generator, device=x.device).mul_(2).sub_(1)
         made, code = self.generate(z), squash(self._encoder(x))
         theirs, ours = bigan_losses(self.discriminate(x, code), self.discriminate(made, z))

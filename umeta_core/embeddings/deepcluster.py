@@ -114,7 +114,7 @@ class DeepCluster(Embedding):
         """Training views ``[batch, C, crop, crop]`` in [0, 1] of ``images[index]``, each with its own crop and flip."""
         n, device = len(index), images.device
         if self.view == "resize":
-            x = self._center(images[index].float().div_(255))
+            x = self._center(as_floats(images[index]))
             mirrored = torch.rand(n, 1, 1, 1, generator=generator, device=device) < 0.5
             return torch.where(mirrored, x.flip(3), x) if self.flip else x
         place = torch.randint(self.takes[1] - self.crop + 1, (2, n, 1), generator=generator, device=device)
@@ -123,7 +123,7 @@ class DeepCluster(Embedding):
             mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
         x = images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-        return x.permute(0, 3, 1, 2).float().div_(255)
+        return as_floats(x.permute(0, 3, 1, 2))
 
     def _center(self, x: Tensor) -> Tensor:
         """The one view ``[n, C, crop, crop]`` by which an image is clustered and embedded."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data import as_floats
 from .base import Embedding
 
 SLOPE = 0.01  # of LeakyReLU below zero (reference code; the paper says 0.1)
@@ -91,7 +92,7 @@ class InfoGAN(Embedding):
 
     def step(self, images: Tensor, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The discriminator moves, then the generator against the new discriminator, with new codes."""
-        x = images[index].float().div_(255).contiguous(memory_format=torch.channels_last)
+        x = as_floats(images[index]).contiguous(memory_format=torch.channels_last)
         noise, c = self.draw(len(x), generator)
         seeing = self.see_through(x, noise, c)
         self.move(self.opt[0], seeing, self.discriminator)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import one_of
+from ..data import as_floats
 from ..networks import glorot_uniform
 from .base import Embedding
 from .supervised import distort, look, random_boxes
@@ -87,7 +88,7 @@ class SimCLR(Embedding):
 
     def step(self, images: Tensor, index: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """One update on two views of each image; "found" is how often the other view is the nearest of all."""
-        x = images[index].float().div_(255)
+        x = as_floats(images[index])
         two = torch.cat([views(x, generator, self.area, self.color) for _ in range(2)])
         loss, found = contrastive_loss(self.projection(self.encode(two)), self.temperature)
         (optimizer,) = self.opt

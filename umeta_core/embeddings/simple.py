@@ -59,7 +59,7 @@ class PCAPixels(Embedding):
 class RandomNetwork(Embedding):
     """`Conv4` with its initial weights and convolutions of stride 2: d = 256 for 28x28 images and 64 filters.
 
-    Batch norm takes its statistics from the images of `fit` (one pass), so that `encode` sees each image alone.
+    Batch norm takes its statistics from images of `fit`, so that `encode` sees each image alone.
     """
 
     def __init__(self, channels=1, size=28, filters=64, generator: torch.Generator | None = None):
@@ -67,17 +67,16 @@ class RandomNetwork(Embedding):
         self.network = Conv4(channels, size, filters=filters, downsample="stride", generator=generator)
         self.d, self.takes = self.network.features, (channels, size, size)
 
-    def fit(self, images: Tensor, *, epochs=1, batch=1000, seed=0, checkpoint=None, progress=True, **ignored) -> dict:
-        """Ten batches for the statistics of batch norm; no weight moves. A `checkpoint` that exists is read instead."""
+    def fit(self, images: Tensor, *, epochs=1, seed=0, checkpoint=None, progress=True, **ignored) -> dict:
+        """At most 2,000 images for the statistics of batch norm; no weight moves. A `checkpoint` there is read."""
         self.check_images(images)
         if checkpoint and Path(checkpoint).is_file():
             self.restore(checkpoint)
             return dict(_DONE)
         generator = torch.Generator(device=images.device).manual_seed(seed)
         with torch.no_grad():
-            for _ in range(10):
-                index = torch.randint(len(images), (batch,), generator=generator, device=images.device)
-                self.network.embed(as_floats(images[index]), update=True)
+            some = torch.randperm(len(images), generator=generator, device=images.device)[:2000]
+            self.network.embed(as_floats(images[some]), update=True, momentum=1.0)
         if checkpoint:
             self.save(checkpoint)
         return dict(_DONE)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import one_of
+from ..data import as_floats
 from ..wide_resnet import WideResNet
 from .base import Embedding
 
@@ -187,5 +188,5 @@ def distort(x: Tensor, generator: torch.Generator, color: float) -> Tensor:
 def augment(images: Tensor, size: int, generator: torch.Generator, *, area, aspect, color, flip) -> Tensor:
     """Training views ``[n, C, size, size]`` in [0, 1] of uint8 images ``[n, C, H, W]``, each drawn on its own."""
     boxes = random_boxes(len(images), generator, area, aspect, flip)
-    x = look(images.float().div_(255), boxes, size)
+    x = look(as_floats(images), boxes, size)
     return distort(x, generator, color) if color else x

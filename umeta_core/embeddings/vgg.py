@@ -41,6 +41,10 @@ class VGG19(Embedding):
                 f"{torch.hub.get_dir()}/checkpoints/{file}"
             ) from None
         self.network, self.input = network.features, input
+        if weights is None:
+            for layer in self.network:
+                if isinstance(layer, torch.nn.Conv2d):
+                    torch.nn.init.kaiming_normal_(layer.weight, mode="fan_out", generator=generator)
         self.d = 512 * (input // 32) ** 2
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1))

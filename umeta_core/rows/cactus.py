@@ -30,7 +30,8 @@ _PLACES = {
 _WIDTH = {("ACAI", "omniglot"): 256, ("ACAI", "mnist"): 256, ("BiGAN", "omniglot"): 200, ("BiGAN", "mnist"): 50,
           ("InfoGAN", "mnist"): 12, ("BiGAN", "mini_imagenet"): 200, ("BiGAN", "celeba"): 200,
           ("DeepCluster", "mini_imagenet"): 256, ("DeepCluster", "celeba"): 256, ("PCA pixels", "omniglot"): 256,
-          ("PCA-16 pixels", "omniglot"): 16, ("PCA-16 pixels", "mnist"): 16, ("random network", "omniglot"): 256}  # fmt: skip
+          ("PCA-16 pixels", "omniglot"): 16, ("PCA-16 pixels", "mnist"): 16,
+          ("random network", "omniglot"): 256}  # fmt: skip
 
 
 def _row(dataset: str, slug: str, method: str, learner: str, **more) -> Row:
