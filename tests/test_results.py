@@ -311,3 +311,14 @@ def test_a_record_of_the_ledger_is_no_measurement_of_a_published_number():
     ours = {n["shot"]: n["files"] for n in results.compare("cactus", "9") if
             (n["method"], n["embedding"]) == ("Embedding kNN", "DeepCluster")}  # fmt: skip
     assert ours and not any("untrained" in str(file) for files in ours.values() for file in files)
+
+
+def test_records_never_go_into_the_installed_copy(tmp_path, monkeypatch):
+    """Which is read where nothing else is."""
+    monkeypatch.delenv("UMETA_RESULTS", raising=False)
+    installed = tmp_path / "share" / "umeta" / "results"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr(results, "REPOSITORY", tmp_path / "no clone")
+    monkeypatch.setattr(results, "INSTALLED", installed)
+    assert results.results_folder() == installed and results.own_folder() == Path("results")
+    assert results.own_folder(tmp_path) == tmp_path
