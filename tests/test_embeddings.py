@@ -117,7 +117,7 @@ def test_the_averages_of_the_random_network_are_its_images_statistics():
 @pytest.mark.parametrize("other, images", [(small(lr=0.1), pictures()), (small(), 255 - pictures())])
 def test_a_checkpoint_of_other_settings_or_images_is_refused(tmp_path, other, images):
     small().fit(pictures(), epochs=1, batch=16, checkpoint=tmp_path / "fit.pt", progress=False)
-    with pytest.raises(ValueError, match="belongs to another run .*(settings|pixels)"):
+    with pytest.raises(ValueError, match="belongs to another run .*(options|pixels)"):
         other.fit(images, epochs=1, batch=16, checkpoint=tmp_path / "fit.pt", progress=False)
 
 

@@ -263,3 +263,24 @@ def test_impossible_images():
         model.embed(x[:12])
     with pytest.raises(ValueError, match="2 channels have no gray"):
         DeepCluster(2, 20, 12, width=1 / 64, crop=18)
+
+
+def test_a_checkpoint_of_another_rate_is_refused(tmp_path):
+    """Rates are in a dict."""
+    images = torch.randint(256, (60, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    fit = dict(epochs=1, batch=30, checkpoint=tmp_path / "fit.pt", progress=False)
+    options = dict(d=4, clusters=5, crop=28, width=0.02)
+    DeepCluster(1, 28, **options).fit(images, **fit)
+    with pytest.raises(ValueError, match="belongs to another run .*'lr': 0.5"):
+        DeepCluster(1, 28, lr=0.5, **options).fit(images, **fit)
+
+
+def test_a_view_of_a_fit_reads_it(tmp_path):
+    """With the plan's options of the fit, and settings of its own: whitened by other statistics."""
+    images = torch.randint(256, (60, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    fit = dict(epochs=1, batch=30, checkpoint=tmp_path / "fit.pt", progress=False)
+    own, inductive = (DeepCluster(1, 28, d=4, clusters=5, crop=28, width=0.02, whiten=w) for w in ("own", "train"))
+    own.options = inductive.options = {"whiten": "own"}
+    own.fit(images, **fit)
+    inductive.fit(images, **fit)
+    assert torch.equal(own.top.weight, inductive.top.weight) and inductive.whiten == "train"

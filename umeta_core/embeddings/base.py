@@ -135,7 +135,7 @@ class _Fitting:
         self.model, self.images, self.epochs, self.batch = model, images, epochs, batch
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.config = {"model": type(model).__name__, "images": len(images), "epochs": epochs, "batch": batch,
-                       "seed": seed, "options": getattr(model, "options", {}), "settings": _settings(model),
+                       "seed": seed, "options": getattr(model, "options", _settings(model)),
                        "pixels": _mark(images)}  # fmt: skip
         self.generator = torch.Generator(device=images.device).manual_seed(seed)
         model.opt = model.optimizers()
@@ -198,7 +198,7 @@ class _Fitting:
     def load(self) -> None:
         state = read(self.checkpoint)
         old = state.get("config", {})
-        for what in ("options", "settings", "pixels"):  # files of older versions do not say
+        for what in ("options", "pixels"):  # files of older versions do not say
             old.setdefault(what, self.config[what])
         differ = [f"{k}: {old.get(k)!r} there, {v!r} here" for k, v in self.config.items() if old.get(k) != v]
         if differ:
@@ -230,9 +230,13 @@ class _Fitting:
 
 
 def _settings(model: Embedding) -> dict:
-    """What a model was built with, as far as its attributes are numbers and words that no training changes."""
-    return {name: value for name, value in vars(model).items()
-            if isinstance(value, (int, float, str)) and not isinstance(value, bool) and name != "nmi"}  # fmt: skip
+    """What a model was built with, if no plan says: its attributes that are numbers, words or dicts of such.
+
+    Not switches: a module's `training` and DeepCluster's `final` move, as does its `nmi`.
+    """
+    kept = {name: value for name, value in vars(model).items() if not name.startswith("_") and name != "nmi"}
+    return {name: value for name, value in kept.items()
+            if isinstance(value, (int, float, str, dict)) and not isinstance(value, bool)}  # fmt: skip
 
 
 def _mark(images: Tensor) -> str:
