@@ -1,14 +1,28 @@
 """Records, published numbers, verdicts: the numbers in the book's tables are right or these tests fail."""
 
 import json
+import math
+import statistics
 import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from umeta_core import results
-from umeta_core.results import compare, published, read_records, table_markdown, table_text, verdict, write_record
+from umeta_core.results import (
+    compare,
+    difference,
+    pack_counts,
+    published,
+    read_records,
+    table_markdown,
+    table_text,
+    unpack_counts,
+    verdict,
+    write_record,
+)
 from umeta_core.rows import ROWS, find_row
 
 COUNTS = {
@@ -137,6 +151,33 @@ def test_verdict_without_a_published_value_or_interval():
     assert verdict("~10", None, 10.0) == "no published number"
     assert verdict(None, None, 10.0) == "no published number"
     assert verdict(94.0, None, 95.0) == "reproduced"
+
+
+def with_answers(counts, seed=0, way=5, query=5):
+    """A cell whose tasks had so many right answers."""
+    percent = [100 * count / (way * query) for count in counts]
+    mean, spread = statistics.fmean(percent), statistics.pstdev(percent)
+    return {"way": way, "shot": 1, "query": query, "tasks": len(counts), "accuracy": mean,
+            "ci95": 1.96 * spread / len(counts) ** 0.5,
+            "answers": {"seed": seed, "correct": pack_counts(counts)}}  # fmt: skip
+
+
+def test_counts_of_right_answers_survive_packing():
+    counts = torch.randint(65_536, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert unpack_counts(pack_counts(counts)) == counts and unpack_counts(pack_counts([])) == []
+    for damaged in (pack_counts(counts)[:-8], "?", pack_counts(counts)[4:]):
+        with pytest.raises(ValueError, match="answers of a record are damaged.*run the row again"):
+            unpack_counts(damaged)
+
+
+def test_rows_of_the_same_tasks_are_compared_task_by_task():
+    hard = torch.randint(5, 21, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    a, b = with_answers([count + 2 + place % 2 for place, count in enumerate(hard)]), with_answers(hard)
+    gap, half = difference(a, b)
+    assert gap == pytest.approx(10) and half == pytest.approx(1.96 * 2 / 20)  # 2 or 3 of 25 answers: 8 or 12 points
+    of_others = with_answers(hard, seed=1)
+    for other in (of_others, {name: value for name, value in b.items() if name != "answers"}):
+        assert difference(a, other) == pytest.approx((10, math.hypot(a["ci95"], b["ci95"])))
 
 
 def test_compare_averages_seeds(tmp_path):

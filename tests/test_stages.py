@@ -15,6 +15,7 @@ from umeta_core.embeddings.acai import ACAI
 from umeta_core.embeddings.base import read, write_atomically
 from umeta_core.embeddings.bigan import BiGAN
 from umeta_core.embeddings.simclr import SimCLR
+from umeta_core.evaluation import interval
 from umeta_core.experiments import _queries, run_row, some_labels, training_tasks
 from umeta_core.readers import MINI_IMAGENET
 from umeta_core.results import (
@@ -26,6 +27,7 @@ from umeta_core.results import (
     published,
     read_record,
     record_path,
+    unpack_counts,
 )
 from umeta_core.rows import EMBEDDINGS, ROWS, embedding_plan, find_row
 from umeta_core.rows.leo import BEST_TRIAL
@@ -335,6 +337,11 @@ def test_baselines_are_tuned_on_validation_tasks_and_the_tuning_is_recorded(fold
     for cell in record["cells"]:
         tried = cell["tuned"]["validation"]
         assert tried[str(cell["tuned"]["value"])] == max(tried.values()) and len(tried) == 7
+        counts = unpack_counts(cell["answers"]["correct"])
+        assert len(counts) == cell["tasks"] and cell["answers"]["seed"] == 0
+        right = torch.tensor(counts) / (cell["way"] * cell["query"])
+        measured = 100 * right.mean().item(), interval(right)
+        assert measured == pytest.approx((cell["accuracy"], cell["ci95"]), abs=1e-3)
     matching = run_row(find_row("matching-bigan", "glyphs"), "smoke", folder=tmp_path, stages=folder)
     assert "tuned" not in matching["cells"][0]
 

@@ -28,7 +28,7 @@ from .meta_gmvae import FeatureDecoder, ImageDecoder, ImageEncoder, MetaGMVAE, U
 from .networks import MLP, Conv4, LinearHead
 from .packs import alone
 from .protonets import ProtoNet
-from .results import REPOSITORY, SCALES, check_writable, own_folder, provenance, write_record
+from .results import REPOSITORY, SCALES, check_writable, own_folder, pack_counts, provenance, write_record
 from .rows import Row, embedding_plan
 from .snapshots import select, selected, snapshots_of
 from .speed import rank, world
@@ -255,7 +255,7 @@ def measure(row: Row, learner, scale: str, seed: int, device="cpu", stages=None)
             found = {name: _reading(learner, changes, source, result, seed=seed, **task, **at_once)
                      for name, changes in row.readings.items()}  # fmt: skip
             more["readings"] = {name: reading for name, reading in found.items() if reading}
-        cells.append(_cell(task, result) | more)
+        cells.append(_cell(task, result, seed) | more)
     return cells
 
 
@@ -313,8 +313,11 @@ def _at_once(source, learner=None) -> int:
     return _AT_ONCE // (source.features.shape[1] * samples)
 
 
-def _cell(task: dict, result) -> dict:
-    return task | {"accuracy": round(result.mean, 4), "ci95": round(result.ci95, 4)}
+def _cell(task: dict, result: Evaluation, seed: int) -> dict:
+    """A test as the record keeps it, with the right answers of every task, so that rows can be compared in pairs."""
+    counts = (result.accuracies.double() * task["way"] * task["query"]).round().int().tolist()
+    return task | {"accuracy": round(result.mean, 4), "ci95": round(result.ci95, 4),
+                   "answers": {"seed": seed, "correct": pack_counts(counts)}}  # fmt: skip
 
 
 def measure_baseline(row: Row, scale: str, seed: int, device="cpu", stages=None) -> list[dict]:
@@ -330,7 +333,8 @@ def measure_baseline(row: Row, scale: str, seed: int, device="cpu", stages=None)
             more = {"tuned": {"value": best, "validation": {str(v): round(a, 3) for v, a in tried.items()}}}
         else:
             best, more = None, {}
-        cells.append(_cell(task, evaluate(make(best), test, seed=seed, max_images=_at_once(test), **task)) | more)
+        result = evaluate(make(best), test, seed=seed, max_images=_at_once(test), **task)
+        cells.append(_cell(task, result, seed) | more)
     return cells
 
 

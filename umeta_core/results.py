@@ -6,6 +6,7 @@ A *published number* is one line of ``results/paper/<paper>.csv``; how those fil
 a 95 % interval over tasks (LEO's published ones are standard deviations over five runs).
 """
 
+import base64
 import csv
 import datetime
 import json
@@ -14,7 +15,9 @@ import os
 import platform
 import re
 import statistics
+import struct
 import subprocess
+import zlib
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -163,6 +166,38 @@ def read_records(paper: str, folder=None) -> list[dict]:
     """All records of ``paper``, sorted by file name; each has its path in an extra field ``file``."""
     paths = sorted((results_folder(folder) / paper).glob("*.json"))
     return [dict(read_record(path), file=str(path)) for path in paths]
+
+
+def pack_counts(counts: list[int]) -> str:
+    """Right answers of every task, each below 65,536, as a short text for a record: 16 bits, zlib, base64."""
+    return base64.b64encode(zlib.compress(struct.pack(f"<{len(counts)}H", *counts), 9)).decode()
+
+
+def unpack_counts(text: str) -> list[int]:
+    """The inverse of `pack_counts`. Raises ValueError if the text is damaged."""
+    try:
+        raw = zlib.decompress(base64.b64decode(text, validate=True))
+        return list(struct.unpack(f"<{len(raw) // 2}H", raw))
+    except (ValueError, zlib.error, struct.error) as error:
+        raise ValueError(f"the answers of a record are damaged ({error}); run the row again") from None
+
+
+def difference(a: dict, b: dict) -> tuple[float, float]:
+    """Accuracy of a cell less that of another, of rows on one dataset, and the half-width of its 95 % interval.
+
+    The interval is of the differences task by task where both cells keep their answers to the same tasks
+    (eq-paired), else that of two independent means, which is too wide for rows that have met the same tasks.
+    """
+    gap = a["accuracy"] - b["accuracy"]
+    if any("answers" not in cell for cell in (a, b)) or _tasks_of(a) != _tasks_of(b):
+        return gap, math.hypot(a["ci95"], b["ci95"])
+    left, right = (unpack_counts(cell["answers"]["correct"]) for cell in (a, b))
+    of_tasks = [100 * (x - y) / (a["way"] * a["query"]) for x, y in zip(left, right, strict=True)]
+    return gap, 1.96 * statistics.pstdev(of_tasks) / math.sqrt(len(of_tasks))
+
+
+def _tasks_of(cell: dict) -> tuple:
+    return (*(cell[name] for name in ("way", "shot", "query", "tasks")), cell["answers"]["seed"])
 
 
 def provenance(device="cpu") -> dict:
