@@ -9,7 +9,6 @@ from the checkpoints in FOLDER.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from .data import load
 from .episodes import PartitionTasks
 from .evaluation import Evaluation, evaluate
 from .meta_gmvae import ImageDecoder, ImageEncoder, MetaGMVAE, UnlabeledSets
-from .packs import atomic, load_tensors
+from .packs import atomic, load_tensors, write_json
 from .results import provenance, results_folder
 from .speed import tune_cpu
 from .training import train
@@ -106,9 +105,7 @@ def main() -> None:
     tune_cpu()
     record = longer(given.runs, given.steps, given.seed)
     path = results_folder(given.results) / "meta_gmvae" / "figures" / f"longer-glyphs-seed{given.seed}.json"
-    with atomic(path) as partial:
-        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    print(path)
+    print(write_json(record, path))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from .leo_regression import (
     distances,
     tasks_by_belief,
 )
-from .packs import atomic
+from .packs import write_json
 from .results import SCALES, provenance, results_folder
 from .rows import Row, find_row
 from .speed import tune_cpu
@@ -247,9 +246,7 @@ def write(record: dict, folder=None) -> Path:
     """``<results>/leo/figures/<what>-<of>-seed<seed>.json``, whole or not at all."""
     name = "-".join(record[key] for key in ("what", "of") if key in record)
     path = results_folder(folder) / "leo" / "figures" / f"{name}-seed{record['seed']}.json"
-    with atomic(path) as partial:
-        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    return path
+    return write_json(record, path)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ of every image, end to end) and `offsets` [n + 1]: image i is `jpeg_header + jpe
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -53,6 +54,14 @@ def atomic(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(value, path):
+    """`value` as a JSON file, whole or not at all. ValueError: a number in it is not finite."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
 
 
 @contextmanager

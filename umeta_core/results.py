@@ -139,17 +139,11 @@ def check_writable(folder) -> None:
 
 def write_record(record: dict, folder=None) -> Path:
     """Check ``record``, write it in one step (a reader never sees half a file), and return its path."""
+    from .packs import write_json
+
     check_record(record)
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
     path = record_path(record["paper"], record["row"], record["scale"], record["seed"], own_folder(folder))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_json(record, path)
 
 
 def read_record(path) -> dict:

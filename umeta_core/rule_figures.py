@@ -21,7 +21,7 @@ from .data import ImageSet, load, places
 from .episodes import PartitionTasks
 from .evaluation import evaluate
 from .learned_rule import ACTIVATIONS, UpdateRule
-from .packs import atomic
+from .packs import write_json
 from .results import provenance, results_folder
 from .rule_baselines import ProtoMLP, ShuffledTasks, supervised_accuracy, vae_path
 from .rule_evaluation import Trial, pca_accuracy, pixel_accuracy, rule_curve, trial
@@ -260,9 +260,7 @@ def _write(record: dict, folder: Path | None, add: bool) -> Path:
         if any(old.get(key) != json.loads(json.dumps(record.get(key))) for key in settings):
             raise ValueError(f"{path} has other settings; give another --folder")
         record["data"] = old["data"] | record["data"]
-    with atomic(path) as partial:
-        partial.write_text(json.dumps(record, indent=1))
-    return path
+    return write_json(record, path)
 
 
 if __name__ == "__main__":

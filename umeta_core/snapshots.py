@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .packs import atomic, load_tensors
+from .packs import atomic, load_tensors, write_json
 
 
 def snapshots_of(checkpoint) -> Path:
@@ -62,11 +62,9 @@ def select(
             learner.load_state_dict(_weights(folder, step))
             values[step] = validate(learner)
             done |= {"values": sorted(values.items()), "seconds": done["seconds"] + time.perf_counter() - started}
-            with atomic(_values_file(folder, row)) as partial:
-                partial.write_text(json.dumps(done))
+            write_json(done, _values_file(folder, row))
     done["chosen"] = max(due, key=values.get)
-    with atomic(_values_file(folder, row)) as partial:
-        partial.write_text(json.dumps(done))
+    write_json(done, _values_file(folder, row))
     learner.load_state_dict(_weights(folder, done["chosen"]))
     return {"validation": [[step, values[step]] for step in due], "validation_seconds": done["seconds"]}
 
