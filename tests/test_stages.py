@@ -504,3 +504,19 @@ def test_hyperparameters_of_leo_are_those_of_the_readme_not_of_table_6():
         row = find_row(f"leo-{line['shot']}shot{place}")
         name = names[line["hyperparameter"].split("flag ")[1].rstrip(")")]
         assert ({"lr": row.lr} | row.options)[name] == float(line["value"]), (row.slug, name)
+
+
+def test_rows_of_cactus_have_the_numbers_of_tables_5_and_6():
+    ways = {"mnist": 10, "omniglot": 20, "mini_imagenet": 5, "celeba": 2}
+    trained = [r for r in ROWS if r.paper == "cactus" and r.trained and r.dataset in ways and r.table in "7 8 9 10"]
+    assert len(trained) > 40
+    for row in trained:
+        steps = 30_000 if row.dataset in ("mnist", "omniglot") else 60_000
+        assert (row.lr, row.shot, row.test_query, row.steps["full"]) == (1e-3, 1, 5, steps), row.slug
+        assert row.way == (5 if row.slug.endswith("-5way") else ways[row.dataset]), row.slug
+        assert (row.tasks, row.query) == ((8, 5) if row.learner == "maml" else (1, 15)), row.slug
+        if row.learner == "maml":
+            inner = [row.options[name] for name in ("inner_lr", "inner_steps", "test_steps", "inner_loss")]
+            assert inner == [0.05, 5, 50, "sum"], row.slug
+    assert stages.spread(find_row("hyperplanes-deepcluster-mini-imagenet")) == 0
+    assert stages.spread(find_row("hyperplanes-bigan")) > 0

@@ -156,7 +156,7 @@ class PartitionTasks:
 
 
 class MixedTasks:
-    """Each task comes from `first` with probability `share`, else from `second` (CACTUs, App. G: "mixing").
+    """Each task comes from `first` with probability `share`, else from `second` (CACTUs, App. G: semi-supervised MAML).
 
     Both sources show the same images or features; the paper mixes cluster tasks and labeled tasks in proportion to the
     data behind them: 964 ImageNet classes to the 64 labeled ones of them.

@@ -12,7 +12,7 @@ from .networks import glorot_uniform
 class WideResNet(nn.Module):
     """WRN-depth-width: a 3x3 convolution, three groups of n = (depth - 4) / 6 pre-activation blocks, a linear head.
 
-    A group's filters are `width` times 16, 32, 64. "Three steps of dimensionality reduction" (LEO, App. B.2) are taken
+    A group's filters are `width` times 16, 32, 64. "3 steps of dimensionality reduction" (LEO, App. B.2) are taken
     to be a stride of 2 in the first block of every group, 80 -> 40 -> 20 -> 10 pixels; the original network for 32x32
     images has a stride of 1 in its first group. Dropout lies between the two convolutions of a block.
 

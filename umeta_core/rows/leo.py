@@ -2,7 +2,7 @@
 
 Every row learns on features of a network trained on the meta-training classes, has its own 1-shot and 5-shot training,
 and is tested on all other images of the classes. Hyper-parameters are those of the released code (its README), which
-belong to its loss conventions; the paper's Table 6 belongs to others.
+belong to its loss conventions; the paper's Table 6 is far from them (see the chapter's ledger).
 """
 
 from __future__ import annotations
