@@ -16,7 +16,7 @@ import torch
 
 from umeta_core import cli, costs, experiments, results, rows, snapshots, stages
 from umeta_core.cli import main
-from umeta_core.embeddings.base import write_atomically
+from umeta_core.packs import save_tensors
 
 SMALL = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(results.REPOSITORY)}
 
@@ -39,7 +39,7 @@ def umeta(*arguments):
         (["train", "oracle-maml", "--dataset", "glyphs", "--device", "gpu"], "unknown device 'gpu'; use cpu, cuda"),
         (["train", "oracle-maml", "--dataset", "glyphs", "--device", "mps"], "unknown device 'mps'; use cpu, cuda"),
         (["train", "oracle-maml", "--threads", "0"], "must be at least 1, not 0"),
-        (["train", "oracle-maml", "--seed", "-1"], "must be at least 0, not -1"),
+        (["train", "oracle-maml", "--seed", "-1"], "must be 0 to 4294967295, not -1"),
         (["train", "knn-bigan"], "knn-bigan trains nothing: umeta reproduce cactus --rows knn-bigan"),
         (["data", "features", "cactus-maml-bigan", "folder"], "cactus-maml-bigan does not learn on LEO's features"),
         (["data", "features", "leo-1shot-small", "folder"], "leo-1shot-small does not learn on LEO's features"),
@@ -50,6 +50,9 @@ def umeta(*arguments):
         (["reproduce", "cactus", "--rows", "orcale", "--dry-run"], "no row of cactus fits --rows orcale; near: oracle"),
         (["reproduce", "cactus", "--table", "77", "--dry-run"], "cactus has no table '77'"),
         (["data", "info", "onmiglot"], "unknown data set 'onmiglot'"),
+        (["train", "oracle-maml-glyphs", "--checkpoint", "."], ". is a folder; --checkpoint is a file"),
+        (["train", "oracle-maml-glyphs", "--results", "here"], "--results is the folder of the record; say --record"),
+        (["reproduce", "cactus", "--rows", "oracle-maml-glyphs", "--dry-run"], "to another dataset by --rows NAME"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys, monkeypatch):
@@ -107,7 +110,7 @@ def test_the_plan_counts_what_must_be_made_first(tmp_path, capsys):
     row = rows.find_row("cactus-protonets-bigan")
     assert [what.split(",")[0] for what, _ in costs.missing_stages(row, "full", 0, folder=tmp_path).values()] == [
         "embedding BiGAN of omniglot", "100 partitions of BiGAN of omniglot by 500 clusters"]  # fmt: skip
-    write_atomically({"epoch": 100}, stages.fit_file(row, "full", tmp_path))
+    save_tensors({"epoch": 100}, stages.fit_file(row, "full", tmp_path))
     what, seconds = costs.missing_stages(row, "full", 0, folder=tmp_path)[stages.fit_file(row, "full", tmp_path)]
     assert what.endswith("400 epochs of which 100 are done") and seconds == 300 * row.plan.seconds
     for file in (stages.vectors_file(row, "train", "full", tmp_path), *stages.stage_files(row, "full", 0, tmp_path)):
@@ -196,7 +199,8 @@ def test_two_reproductions_do_not_share_a_folder(tmp_path, capsys):
         pass
 
 
-def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys):
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys, ending):
     psutil = pytest.importorskip("psutil")
     kernel = [sys.executable, "-c", "import time; time.sleep(60)"]
     engine = f"import pathlib, subprocess; p = subprocess.Popen({kernel}, start_new_session=True); " \
@@ -205,7 +209,7 @@ def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys):
     def interrupt():
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), ending)
 
     threading.Thread(target=interrupt).start()
     with open(tmp_path / "lock", "w") as lock, pytest.raises(KeyboardInterrupt):
@@ -217,6 +221,19 @@ def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys):
             break
         time.sleep(0.05)
     assert ended
+
+
+def test_the_classes_of_celeba_by_identity_are_a_place_for_rows(capsys):
+    assert main(["reproduce", "lasium", "--dataset", "celeba_identity", "--list"]) == 0
+    assert "supervised-maml-celeba-identity" in capsys.readouterr().out
+    assert rows.find_row("supervised-maml", "celeba_identity").slug == "supervised-maml-celeba-identity"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = cli.parser().parse_args(["train", "oracle-maml", "--runs=~/runs", "--checkpoint=~/c.pt"])
+    assert (given.runs, given.checkpoint) == (tmp_path / "runs", tmp_path / "c.pt")
+    assert stages.stages_folder("~/stages") == tmp_path / "stages"
 
 
 def test_rows_move_to_other_datasets():
@@ -327,7 +344,7 @@ def test_force_forgets_a_shared_training_once(tmp_path):
     (file,) = files
     other = file.with_name(file.name.replace("seed1", "seed0"))
     for path in (file, other):
-        write_atomically({"step": 1}, path)
+        save_tensors({"step": 1}, path)
     snapshots.take(torch.nn.Linear(1, 1), snapshots.snapshots_of(file), 1000)
     cli._forget_trainings(both, SimpleNamespace(scale="full", seeds=[1]), tmp_path)
     assert other.exists() and not file.exists() and not any(snapshots.snapshots_of(file).glob("*.pt"))

@@ -755,6 +755,44 @@ def test_writes_are_atomic(tmp_path):
     assert list(tmp_path.iterdir()) == [path] and packs.read_archive(path, "a")[0].tolist() == [0, 1, 2]
 
 
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
+    left, fresh, other = (tmp_path / name for name in (".0123abcd-a[b].pt", ".89abcdef-a[b].pt", ".0123abcd-ab.pt"))
+    for file in (left, fresh, other):
+        file.write_text("half")
+        if file is not fresh:
+            os.utime(file, (0, 0))
+    packs.write_json([1], tmp_path / "a[b].pt")
+    assert not left.exists() and fresh.exists() and other.exists()
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(state, file):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc:672]")  # noqa: B904, as torch.save does
+
+    packs.save_tensors({"a": torch.zeros(2)}, tmp_path / "a.pt")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="cannot write .*a.pt: .*No space left on device"):
+        packs.save_tensors({"a": torch.ones(2)}, tmp_path / "a.pt")
+    assert packs.load_tensors(tmp_path / "a.pt", "file")["a"].sum() == 0 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_renamed_folder_is_read_anew(tmp_path, cache):
+    for name in ("cat", "dog"):
+        (tmp_path / "animals" / name).mkdir(parents=True)
+        for i in range(2):
+            file = tmp_path / "animals" / name / f"{i}.bmp"
+            Image.new("L", (8, 8), 200 if name == "cat" else 10).save(file)
+            os.utime(file, (0, 0))  # an archive may leave all times equal
+    before = data.from_folder(tmp_path / "animals")
+    (tmp_path / "animals" / "cat").rename(tmp_path / "animals" / "zebra")
+    after = data.from_folder(tmp_path / "animals")
+    assert before.images[before.labels == before.class_names.index("cat")].float().mean() > 100
+    assert after.images[after.labels == after.class_names.index("zebra")].float().mean() > 100
+
+
 def test_an_atomic_write_syncs_a_file_that_is_open_for_writing(tmp_path, monkeypatch):
     """Windows refuses others."""
     monkeypatch.setattr(packs.os, "fsync", lambda descriptor: os.write(descriptor, b""))

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from umeta_core.embeddings.base import Embedding, read, write_atomically
+from umeta_core.embeddings.base import Embedding, read
 from umeta_core.embeddings.bigan import BiGAN, ConvBiGAN, bigan_losses, squash
 from umeta_core.embeddings.simple import PCAPixels, RandomNetwork
+from umeta_core.packs import save_tensors
 from umeta_core.training import NonFiniteLoss
 
 
@@ -60,11 +61,11 @@ def test_a_fit_of_another_kind_of_device_is_read_but_not_gone_on_with(tmp_path):
     fitted = small()
     fitted.fit(pictures(), epochs=2, batch=16, checkpoint=path, progress=False)
     state = read(path) | {"generator": torch.zeros(16, dtype=torch.uint8)}
-    write_atomically(state, path)
+    save_tensors(state, path)
     again = small(seed=1)
     again.fit(pictures(), epochs=2, batch=16, checkpoint=path, progress=False)
     assert states_equal(again, fitted)
-    write_atomically(state | {"epoch": 1}, path)
+    save_tensors(state | {"epoch": 1}, path)
     with pytest.raises(ValueError, match="another kind of device than cpu, whose random numbers differ"):
         small().fit(pictures(), epochs=2, batch=16, checkpoint=path, progress=False)
 

@@ -10,11 +10,11 @@ from umeta_core import experiments, stages
 from umeta_core.baselines import NearestMean
 from umeta_core.costs import expected_seconds
 from umeta_core.data import ImageSet
-from umeta_core.embeddings.base import write_atomically
 from umeta_core.episodes import PartitionTasks
 from umeta_core.evaluation import evaluate
 from umeta_core.experiments import early_stopping, run_row, train_row, training_tasks, untrained
 from umeta_core.meta_gmvae import MetaGMVAE
+from umeta_core.packs import save_tensors
 from umeta_core.results import matches, published
 from umeta_core.rows import ROWS, find_row
 from umeta_core.snapshots import select, selected, snapshots_of, take
@@ -80,7 +80,7 @@ def test_mini_imagenet_rows_learn_on_features(tmp_path):
     for split in ("train", "val", "test"):
         labels = stages.images_of(row, split).labels
         means = 3 * torch.rand(int(labels.max()) + 1, 16, generator=torch.Generator().manual_seed(0))
-        write_atomically({"z": means[labels]}, stages.vectors_file(row, split, "smoke", tmp_path))
+        save_tensors({"z": means[labels]}, stages.vectors_file(row, split, "smoke", tmp_path))
     record = run_row(row, "smoke", folder=tmp_path, stages=tmp_path)
     assert record["protocol"]["latent"] == 32 and record["cells"][0]["accuracy"] > 30
     assert set(record["cells"][0]["readings"]) == {"diagonal E-step", "identity covariance", "inductive"}

@@ -302,6 +302,10 @@ def test_tables_print_the_numbers_and_link_the_records(tmp_path, monkeypatch):
     assert notebook.startswith("**By hsu2019.**\n\n| method") and notebook.count("Oracle-ProtoNets") == 4
     monkeypatch.setenv("UMETA_BOOK", "1")
     page = table_markdown("cactus", 8, measured_only=True, folder=tmp_path)
+    own = (tmp_path / "cactus" / "oracle-protonets-full-seed0.json").as_uri()  # a reader's records are not on the web
+    assert f"[98.00 ± 0.14]({own}) [2]({own.replace('seed0', 'seed1')})" in page
+    monkeypatch.setattr(results, "INSTALLED", tmp_path)
+    page = table_markdown("cactus", 8, measured_only=True, folder=tmp_path)
     assert page.startswith(":::{table} ") and ":name: tab-cactus-8\n" in page and page.endswith(":::\n")
     base = "https://github.com/umeta-book/umeta/blob/main/results/cactus/oracle-protonets-full-seed"
     assert f"[98.00 ± 0.14]({base}0.json) [2]({base}1.json)" in page

@@ -12,11 +12,12 @@ from umeta_core import experiments, shared_fits, stages
 from umeta_core.costs import _missing_fit
 from umeta_core.data import load
 from umeta_core.embeddings.acai import ACAI
-from umeta_core.embeddings.base import read, write_atomically
+from umeta_core.embeddings.base import read
 from umeta_core.embeddings.bigan import BiGAN
 from umeta_core.embeddings.simclr import SimCLR
 from umeta_core.evaluation import interval
 from umeta_core.experiments import _queries, run_row, some_labels, training_tasks
+from umeta_core.packs import save_tensors
 from umeta_core.readers import MINI_IMAGENET
 from umeta_core.results import (
     REPOSITORY,
@@ -125,14 +126,14 @@ def test_a_shared_fit_replaces_an_own_one(tmp_path, monkeypatch):
 def test_only_a_finished_fit_that_half_precision_can_hold_is_shared(tmp_path):
     model = BiGAN(d=4, hidden=8)
     state = {"epoch": 1, "config": {"epochs": 2}, "model": model.state_dict(), "made_by": [], "history": {"seconds": 1}}
-    write_atomically(state, tmp_path / "own.pt")
+    save_tensors(state, tmp_path / "own.pt")
     with pytest.raises(ValueError, match="is at epoch 1 of 2; finish"):
         shared_fits.share(model, tmp_path / "own.pt", tmp_path / "shared.pt")
     huge = {name: torch.full_like(value, 1e6) for name, value in model.state_dict().items()}
-    write_atomically(state | {"epoch": 2, "model": huge}, tmp_path / "own.pt")
+    save_tensors(state | {"epoch": 2, "model": huge}, tmp_path / "own.pt")
     with pytest.raises(ValueError, match="e.0.weight has weights that are not finite in half precision"):
         shared_fits.share(model, tmp_path / "own.pt", tmp_path / "shared.pt")
-    write_atomically(state | {"epoch": 2}, tmp_path / "own.pt")
+    save_tensors(state | {"epoch": 2}, tmp_path / "own.pt")
     shared_fits.share(model, tmp_path / "own.pt", tmp_path / "shared.pt")
     shared = read(tmp_path / "shared.pt")
     with pytest.raises(ValueError, match="shared.pt is not the checkpoint of a fit"):
@@ -171,7 +172,7 @@ def test_centroids_of_other_vectors_are_refused(tmp_path):
     assert torch.equal(stages.centroids(row, "smoke", folder=tmp_path), first)
     path = stages.vectors_file(row, "train", "smoke", tmp_path)
     stored = read(path)
-    write_atomically(stored | {"z": stored["z"] + 1}, path)
+    save_tensors(stored | {"z": stored["z"] + 1}, path)
     with pytest.raises(ValueError, match="was made of other vectors; delete it"):
         stages.centroids(row, "smoke", folder=tmp_path)
 
@@ -182,7 +183,7 @@ def test_partitions_of_other_vectors_are_refused(tmp_path):
     assert torch.equal(stages.make_partitions(row, "smoke", 0, folder=tmp_path), first)
     path = stages.vectors_file(row, "train", "smoke", tmp_path)
     stored = read(path)
-    write_atomically(stored | {"z": stored["z"].flip(0)}, path)
+    save_tensors(stored | {"z": stored["z"].flip(0)}, path)
     with pytest.raises(ValueError, match="was made of other vectors; delete it"):
         stages.make_partitions(row, "smoke", 0, folder=tmp_path)
 
@@ -348,7 +349,7 @@ def test_baselines_are_tuned_on_validation_tasks_and_the_tuning_is_recorded(fold
 
 def test_vectors_of_other_images_are_refused(tmp_path):
     row = find_row("knn-bigan", "glyphs")
-    write_atomically({"z": torch.zeros(5, 200)}, stages.vectors_file(row, "val", "smoke", tmp_path))
+    save_tensors({"z": torch.zeros(5, 200)}, stages.vectors_file(row, "val", "smoke", tmp_path))
     with pytest.raises(ValueError, match="embeds 5 images but glyphs val has 3080; delete it to embed again"):
         stages.vectors(row, "val", "smoke", folder=tmp_path)
 
@@ -356,10 +357,10 @@ def test_vectors_of_other_images_are_refused(tmp_path):
 def test_files_of_other_images_or_of_something_else_are_refused(tmp_path, monkeypatch):
     row, n = find_row("knn-bigan", "glyphs"), len(load("glyphs", "val"))
     path = stages.vectors_file(row, "val", "smoke", tmp_path)
-    write_atomically({"vectors": torch.zeros(n, 200)}, path)
+    save_tensors({"vectors": torch.zeros(n, 200)}, path)
     with pytest.raises(ValueError, match="val.pt holds no vectors .* under 'z'; delete it"):
         stages.vectors(row, "val", "smoke", folder=tmp_path)
-    write_atomically({"z": torch.zeros(n, 200), "images": stages.fingerprint(load("glyphs", "val"))}, path)
+    save_tensors({"z": torch.zeros(n, 200), "images": stages.fingerprint(load("glyphs", "val"))}, path)
     assert stages.vectors(row, "val", "smoke", folder=tmp_path).shape == (n, 200)
     other = load("glyphs", "val")
     other.images = other.images.flip(0)
@@ -367,14 +368,14 @@ def test_files_of_other_images_or_of_something_else_are_refused(tmp_path, monkey
     with pytest.raises(ValueError, match="val.pt was made of other images than those of glyphs val now; delete it"):
         stages.vectors(row, "val", "smoke", folder=tmp_path)
     wide, clustered = find_row("knn-bigan-mnist"), find_row("cactus-maml-bigan", "glyphs")
-    write_atomically({"z": torch.zeros(n, 49)}, stages.vectors_file(wide, "val", "smoke", tmp_path))
+    save_tensors({"z": torch.zeros(n, 49)}, stages.vectors_file(wide, "val", "smoke", tmp_path))
     with pytest.raises(ValueError, match="vectors of 49 numbers but knn-bigan-mnist has d=50"):
         stages.vectors(wide, "val", "smoke", folder=tmp_path)
     path = stages.partitions_file(clustered, "smoke", 0, tmp_path)
-    write_atomically({"partitions": torch.zeros(2, n), "images": "another"}, path)
+    save_tensors({"partitions": torch.zeros(2, n), "images": "another"}, path)
     with pytest.raises(ValueError, match="was made of other images"):
         stages.make_partitions(clustered, "smoke", 0, folder=tmp_path)
-    write_atomically({"partitions": torch.zeros(2, n)}, path)  # an older file
+    save_tensors({"partitions": torch.zeros(2, n)}, path)  # an older file
     assert stages.make_partitions(clustered, "smoke", 0, folder=tmp_path).shape == (2, n)
 
 
@@ -386,7 +387,7 @@ def test_the_vectors_of_imagenet_are_read_from_the_files_that_the_error_names(tm
     named = [word.strip(",;") for word in str(error.value).split() if word.startswith(str(tmp_path))]
     assert len(named) == 3
     for number, file in enumerate(named):
-        write_atomically({"z": torch.full((3080, 256), float(number))}, file)
+        save_tensors({"z": torch.full((3080, 256), float(number))}, file)
     for number, split in enumerate(("train", "val", "test")):
         assert (stages.vectors(row, split, "full", folder=tmp_path) == number).all()
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from umeta_core import stages
-from umeta_core.embeddings.base import write_atomically
 from umeta_core.embeddings.vgg import VGG19
 from umeta_core.experiments import run_row
+from umeta_core.packs import save_tensors
 from umeta_core.rows import find_row
 
 
@@ -54,7 +54,7 @@ def test_the_row_trains_a_linear_layer_on_the_test_vectors_alone(tmp_path):
     labels = stages.images_of(row, "test").labels
     centers = torch.randn(int(labels.max()) + 1, 64, generator=torch.Generator().manual_seed(0))
     z = centers[labels]  # a vector for each class
-    write_atomically({"z": z}, stages.vectors_file(row, "test", "smoke", tmp_path))
+    save_tensors({"z": z}, stages.vectors_file(row, "test", "smoke", tmp_path))
     record = run_row(row, "smoke", folder=tmp_path, stages=tmp_path)
     assert [cell["accuracy"] for cell in record["cells"]] == [100.0, 100.0]
     assert record["protocol"]["inner_lr"] == 0.05 and record["embedding_fit"]["epochs"] == 0

@@ -36,6 +36,7 @@ def fingerprint(*sources: str) -> str:
 def quiet_environment() -> None:
     """Settings for every kernel: no progress bars, one thread per process on two cores, MyST tables."""
     os.environ["UMETA_BOOK"] = "1"
+    os.environ.pop("UMETA_RESULTS", None)  # the book is about the records in results/
     os.environ["TQDM_DISABLE"] = "1"
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // PROCESSES))
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
@@ -112,7 +113,7 @@ def main() -> None:
         shutil.rmtree(BUILD, ignore_errors=True)  # pages too: Sphinx does not see that their outputs changed
         BUILD.mkdir()
         USED.write_text(used)
-    if not SHOWN.exists() or SHOWN.read_text() != shown:
+    if not page.exists() or not SHOWN.exists() or SHOWN.read_text() != shown:
         SHOWN.unlink(missing_ok=True)
         quiet_environment()
         ran = fill_cache(executable_chapters())

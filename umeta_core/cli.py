@@ -19,6 +19,7 @@ from .results import REPOSITORY, SCALES
 from .speed import rank
 
 TWO_CORES = 0.6  # of the time with one thread, measured for MAML on 20-way tasks
+_RECORDS = "folder of records (default: $UMETA_RESULTS, else the repository's)"
 EPILOG = "Example: umeta reproduce cactus --table 8 --rows oracle --scale quick --dataset glyphs"
 
 
@@ -52,16 +53,17 @@ def _add_data(commands) -> None:
         action.set_defaults(run=run)
     pack = actions.add_parser("pack", help="make one compact file from a folder of images")
     pack.add_argument("name")
-    pack.add_argument("folder", type=Path, help="the dataset in its usual folder layout")
-    pack.add_argument("--out", type=Path, default=None, help="where to write (default: the user's cache folder)")
+    pack.add_argument("folder", type=_path, help="the dataset in its usual folder layout")
+    pack.add_argument("--out", type=_path, default=None, help="where to write (default: the user's cache folder)")
     pack.set_defaults(run=_data_pack)
     features = actions.add_parser("features", help="take the published embeddings of LEO instead of computing features")
     features.add_argument("row", help="any row that learns on them: leo-1shot, or leo-1shot-tiered-imagenet")
-    features.add_argument("folder", type=Path, help="holds train_, val_ and test_embeddings.pkl of one crop")
+    features.add_argument("folder", type=_path, help="holds train_, val_ and test_embeddings.pkl of one crop")
     fitted = actions.add_parser("fitted", help="take the fitted embedding that comes with the repository")
     fitted.add_argument("row", help="any row on it, for example cactus-protonets-bigan; a plan names it")
     for action, run in ((features, _data_features), (fitted, _data_fitted)):
-        action.add_argument("--runs", type=Path, default=Path("runs"), help="that of `umeta reproduce` (default: runs)")
+        action.add_argument("--runs", type=_path, default=Path("runs"),
+                            help="that of `umeta reproduce` (default: runs)")  # fmt: skip
         action.set_defaults(run=run)
 
 
@@ -70,7 +72,8 @@ def _add_machine(command) -> None:
     command.add_argument("--scale", choices=SCALES, default="quick",
                          help="smoke: seconds; quick: minutes (default); full: the paper's")
     command.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default: cpu)")
-    command.add_argument("--threads", type=_positive, default=None, help="processor threads of one run")
+    command.add_argument("--threads", type=_positive, default=None,
+                         help="processor threads of one run (default: 1 for reproduce, else all cores)")  # fmt: skip
 
 
 def _add_row_command(commands, name: str, run, text: str) -> None:
@@ -78,12 +81,13 @@ def _add_row_command(commands, name: str, run, text: str) -> None:
     command.add_argument("row", help="for example oracle-protonets; umeta reproduce cactus --list shows all")
     _add_machine(command)
     command.add_argument("--seed", type=_seed, default=0)
-    command.add_argument("--checkpoint", type=Path, required=name == "evaluate", help="file to save to and resume from")
-    command.add_argument("--runs", type=Path, default=Path("runs"), help="embeddings and partitions are in its stages")
+    command.add_argument("--checkpoint", type=_path, required=name == "evaluate",
+                         help="file to save to and resume from")  # fmt: skip
+    command.add_argument("--runs", type=_path, default=Path("runs"), help="embeddings and partitions are in its stages")
     if name == "train":
         command.add_argument("--steps", type=_positive, help="stop earlier than the scale says; a reduced budget")
         command.add_argument("--record", action="store_true", help="write the record that `umeta results` compares")
-        command.add_argument("--results", type=Path, help="folder of records (default: $UMETA_RESULTS or results)")
+        command.add_argument("--results", type=_path, help=_RECORDS)
     command.set_defaults(run=run)
 
 
@@ -97,8 +101,8 @@ def _add_reproduce(commands) -> None:
                          help="one run each (default: 0)")
     command.add_argument("--cores", type=_positive, default=os.cpu_count(), help="processor cores for all runs")
     command.add_argument("--gpus", type=_positive, default=1, help="runs that may share --device (default: 1)")
-    command.add_argument("--runs", type=Path, default=Path("runs"), help="executed notebooks and checkpoints go here")
-    command.add_argument("--results", type=Path, help="folder of records (default: $UMETA_RESULTS or results)")
+    command.add_argument("--runs", type=_path, default=Path("runs"), help="executed notebooks and checkpoints go here")
+    command.add_argument("--results", type=_path, help=_RECORDS)
     command.add_argument("--profile", help="Snakemake profile, for a cluster")
     command.add_argument("--force", action="store_true", help="run again what has a record, from the beginning")
     command.add_argument("--list", action="store_true", help="list the rows and stop")
@@ -113,15 +117,19 @@ def _add_results(commands) -> None:
     command.add_argument("--dataset", help="one dataset, also one that the paper does not have, as glyphs")
     command.add_argument("--measured", action="store_true", help="leave out what was not run")
     command.add_argument("--markdown", action="store_true", help="print the table as the book shows it")
-    command.add_argument("--results", type=Path, help="folder of records (default: $UMETA_RESULTS or results)")
+    command.add_argument("--results", type=_path, help=_RECORDS)
     command.set_defaults(run=_results)
 
 
 def _seed(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be 0 to 4294967295, not {value}")
     return value
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()  # a shell leaves --runs=~/x as it is
 
 
 def _positive(text: str) -> int:
@@ -230,6 +238,10 @@ def _train(arguments) -> None:
     row = find_row(arguments.row, arguments.dataset).configuration(arguments.seed)
     row = row if arguments.steps is None else replace(row, at_most=arguments.steps)
     _prepare(arguments)
+    if arguments.checkpoint and arguments.checkpoint.is_dir():
+        raise ValueError(f"{arguments.checkpoint} is a folder; --checkpoint is a file")
+    if arguments.results and not arguments.record:
+        raise ValueError("--results is the folder of the record; say --record, too")
     first = rank() == 0  # under torchrun one process tests
     if row.learner in BASELINES:
         raise ValueError(_tuned_and_tested(row))
@@ -247,7 +259,8 @@ def _train(arguments) -> None:
         record = run_row(row, arguments.scale, arguments.seed, arguments.device, folder=folder,
                          checkpoint=arguments.checkpoint, stages=_stages(row, arguments))  # fmt: skip
         _print_cells(record["cells"])
-        print(f"record: {old}")
+        seen = folder == results.results_folder(arguments.results)
+        print(f"record: {old}" + ("" if seen else f"; umeta results {row.paper} --results {folder} shows it"))
         return
     learner, history = train_row(row, arguments.scale, arguments.seed, arguments.device, arguments.checkpoint,
                                  _stages(row, arguments))  # fmt: skip
@@ -468,7 +481,7 @@ def _snakemake(arguments, rows: list, folder: Path, again: list[Path]) -> None:
 
 
 def _run_to_the_end(command: list[str], environment: dict, lock) -> int:
-    """The exit code of a command. An interrupt or a SIGTERM ends it with all that it has started.
+    """The exit code of a command. An interrupt, a SIGTERM or the end of the terminal ends all that it started.
 
     Snakemake alone would leave its jobs running, and the kernel of a notebook has a session of its own.
     """
@@ -477,7 +490,8 @@ def _run_to_the_end(command: list[str], environment: dict, lock) -> int:
     def stop(*_):
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    ending = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]  # nohup
+    before = {each: signal.signal(each, stop) for each in ending}
     process = subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()], start_new_session=True)
     try:
         return process.wait()
@@ -490,7 +504,8 @@ def _run_to_the_end(command: list[str], environment: dict, lock) -> int:
         print("what was running is stopped; the same command goes on from the last checkpoints", file=sys.stderr)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _forget_trainings(rows: list, arguments, runs: Path) -> None:

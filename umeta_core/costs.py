@@ -104,7 +104,9 @@ def _missing_fit(row: Row, scale: str, device, folder) -> tuple[str, float | Non
 
 def _missing_partitions(row: Row, scale: str, seed: int, device) -> tuple[str, float | None]:
     many = "1 partition" if row.stack(scale) == 1 else f"{row.stack(scale)} partitions"
-    into = "hyperplanes" if row.source == "hyperplanes" else f"{clusters(row, scale)} clusters"
+    into = f"{clusters(row, scale)} clusters"
+    if row.source == "hyperplanes":
+        into = "hyperplanes" + (f" with margin {row.margin:g}" if row.margin else "") + f" for {row.way} ways"
     what = f"{many} of {row.fitted or row.embedding} of {row.dataset} by {into}, R = {row.least()}, seed {seed}"
     if row.source == "hyperplanes" or row.clusters > 2000 or torch.device(device).type == "cuda":
         return what, None

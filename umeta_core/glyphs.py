@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .packs import alone, atomic
+from .packs import progress as with_progress
 
 VERSION = 1
 CONTENT_SHA256 = "2911c28d0beabe7ebf7b2ec8611e6c49f92ceeff266f2d5031dc751522fb9b1d"  # of images28 with seed 0
@@ -136,13 +137,11 @@ def make_glyphs(seed: int = 0, progress: bool = True) -> dict[str, np.ndarray]:
     `unpack`), `class_names` and `scripts` (strings) `[classes]`, and `split` int8 `[classes]`: 0 train, 1
     validation, 2 test, the same for all classes of a script. Raises FileNotFoundError where matplotlib has no fonts.
     """
-    from tqdm import tqdm
-
     faces = open_faces()
     classes = choose_classes(faces)
     outlines = [_outlines(face, [code for code, _ in classes]) for face in faces]
     small, packed = [], []
-    for i, (code, _) in enumerate(tqdm(classes, "drawing glyphs", disable=None if progress else True)):
+    for i, (code, _) in enumerate(with_progress(classes, len(classes), "drawing glyphs") if progress else classes):
         ink = draw(code, [of_face[i] for of_face in outlines if i in of_face], DRAWINGS, seed)
         small.append(shrink(ink))
         packed.append(np.packbits(ink, axis=-1))

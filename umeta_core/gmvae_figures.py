@@ -17,8 +17,8 @@ from .data import load
 from .episodes import PartitionTasks
 from .evaluation import Evaluation, evaluate
 from .meta_gmvae import ImageDecoder, ImageEncoder, MetaGMVAE, UnlabeledSets
-from .packs import atomic, load_tensors, write_json
-from .results import provenance, results_folder
+from .packs import load_tensors, save_tensors, write_json
+from .results import check_writable, own_folder, provenance
 from .speed import tune_cpu
 from .training import train
 
@@ -79,9 +79,8 @@ def _after(model: MetaGMVAE, checkpoint: Path, steps: int, seed: int, protocol: 
         test = load("glyphs", "test")
         source = PartitionTasks(test, features=model.embed(test.images))
         found = {str(shot): evaluate(model, source, shot=shot, **TEST).accuracies for shot in (1, 5)}
-        with atomic(measured) as partial:
-            torch.save(found | {"seconds": history["seconds"], "made_by": history["made_by"], "protocol": protocol},
-                       partial)  # fmt: skip
+        save_tensors(found | {"seconds": history["seconds"], "made_by": history["made_by"], "protocol": protocol},
+                     measured)  # fmt: skip
     found = load_tensors(measured, "measurement")
     if found.pop("protocol", None) != protocol:
         raise ValueError(f"{measured} was measured with other settings; give another folder, or remove it")
@@ -100,11 +99,12 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/meta_gmvae/figures", help="folder of the checkpoints")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="after which to test, ascending")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", help="default: $UMETA_RESULTS or results")
+    parser.add_argument("--results", help="default: $UMETA_RESULTS, else the repository's")
     given = parser.parse_args()
     tune_cpu()
+    check_writable(own_folder(given.results))
     record = longer(given.runs, given.steps, given.seed)
-    path = results_folder(given.results) / "meta_gmvae" / "figures" / f"longer-glyphs-seed{given.seed}.json"
+    path = own_folder(given.results) / "meta_gmvae" / "figures" / f"longer-glyphs-seed{given.seed}.json"
     print(write_json(record, path))
 
 

@@ -267,11 +267,11 @@ class UpdateRule(nn.Module):
 
     def save(self, path: str | Path, **about) -> None:
         """Write theta and how it was made."""
-        from .embeddings.base import write_atomically
+        from .packs import save_tensors
 
         # Through JSON, since torch.__version__ is a class that a safe reader refuses.
         state = {"config": self.config, "theta": self.state_dict(), "about": json.loads(json.dumps(about))}
-        write_atomically(state, path)
+        save_tensors(state, path)
 
     @classmethod
     def restore(cls, path: str | Path) -> UpdateRule:

@@ -32,7 +32,7 @@ from .leo_regression import (
     tasks_by_belief,
 )
 from .packs import write_json
-from .results import SCALES, provenance, results_folder
+from .results import SCALES, check_writable, own_folder, provenance
 from .rows import Row, find_row
 from .speed import tune_cpu
 from .training import train
@@ -245,7 +245,7 @@ def rounded(value, digits=4):
 def write(record: dict, folder=None) -> Path:
     """``<results>/leo/figures/<what>-<of>-seed<seed>.json``, whole or not at all."""
     name = "-".join(record[key] for key in ("what", "of") if key in record)
-    path = results_folder(folder) / "leo" / "figures" / f"{name}-seed{record['seed']}.json"
+    path = own_folder(folder) / "leo" / "figures" / f"{name}-seed{record['seed']}.json"
     return write_json(record, path)
 
 
@@ -261,12 +261,13 @@ def main() -> None:
     parser.add_argument("--stages", default="runs/leo/stages")
     parser.add_argument("--checkpoints", default="runs/leo")
     parser.add_argument("--checkpoint", help="of the regression run: to resume it, or if it is finished to examine it")
-    parser.add_argument("--results", help="default: $UMETA_RESULTS or results")
+    parser.add_argument("--results", help="default: $UMETA_RESULTS, else the repository's")
     given = parser.parse_args()
     tune_cpu()
     try:
+        check_writable(own_folder(given.results))
         record = _record(given)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(write(record, given.results))
 

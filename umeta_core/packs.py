@@ -4,16 +4,18 @@ A *JPEG pack* is an .npz with `jpeg_header` (the bytes that every image of the f
 of every image, end to end) and `offsets` [n + 1]: image i is `jpeg_header + jpeg_data[offsets[i]:offsets[i + 1]]`.
 """
 
+import glob
 import hashlib
 import io
 import json
 import os
 import shutil
 import sys
+import time
 import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +43,20 @@ def _make_folder(folder):
         raise OSError(f"cannot write to {folder} ({error.strerror}): choose another folder{hint}") from None
 
 
+def _remove_stale(path):
+    """Remove what a process that was killed a day ago or longer had written of `path`."""
+    for partial in path.parent.glob(f".{'[0-9a-f]' * 8}-{glob.escape(path.name)}"):
+        with suppress(OSError):
+            if time.time() - partial.stat().st_mtime > 86_400:
+                partial.unlink()
+
+
 @contextmanager
 def atomic(path):
     """Yield a temporary path beside `path` that takes its name at the end; after an error nothing is left behind."""
     path = Path(path)
     _make_folder(path.parent)
+    _remove_stale(path)
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         yield temporary
@@ -118,6 +129,15 @@ def read_archive(path, *keys):
         raise ValueError(f"{path} is truncated or corrupt ({error}): delete it and get it again") from error
 
 
+def save_tensors(state, path):
+    """``torch.save``, whole or not at all. OSError: there is no room."""
+    with atomic(path) as partial, open(partial, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # its own text says nothing of a full disk
+            raise OSError(f"cannot write {path}: {error.__context__ or error}") from None
+
+
 def write_archive(path, **arrays):
     """Write the compressed .npz file `path` atomically."""
     with atomic(path) as temporary, open(temporary, "wb") as file:
@@ -149,14 +169,14 @@ def sha256(path):
 def cached_array(label, sources, shape, fill):
     """Memory-mapped uint8 array of `shape`, filled once by `fill(array)` and kept in the cache folder.
 
-    The file's name carries the names, sizes and modification times of the files `sources`, so a changed source is
-    decoded anew. The map is copy-on-write, or read-only if it is larger than memory: the file never changes, and only
-    the pages that are read occupy memory.
+    The file's name carries the names (with their folders'), sizes and modification times of the files `sources`, so a
+    changed source is decoded anew. The map is copy-on-write, or read-only if it is larger than memory: the file never
+    changes, and only the pages that are read occupy memory.
     """
     stamp = hashlib.sha256(repr(tuple(shape)).encode())
     for source in sources:
         status = os.stat(source)
-        stamp.update(f"{Path(source).name}/{status.st_size}/{status.st_mtime_ns};".encode())
+        stamp.update(f"{Path(source).parent.name}/{Path(source).name}/{status.st_size}/{status.st_mtime_ns};".encode())
     path = cache_folder() / "arrays" / f"{label}-{stamp.hexdigest()[:16]}.npy"
     if not path.exists():
         with alone(path):  # of several runs one decodes

@@ -22,7 +22,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The copy that comes with the package: under the prefix that it was installed with, be it --user or --prefix.
-INSTALLED = next(iter(Path(__file__).resolve().parents[4:5]), Path()) / "share" / "umeta" / "results"
+_PREFIXES = Path(__file__).resolve().parents[3:5]  # PREFIX/Lib/site-packages on Windows, else .../lib/python3.x/...
+_PLACES = [prefix / "share" / "umeta" / "results" for prefix in _PREFIXES] or [Path("share/umeta/results")]
+INSTALLED = next((place for place in _PLACES if place.is_dir()), _PLACES[-1])
 RECORDS_URL = "https://github.com/umeta-book/umeta/blob/main/results"
 VERDICTS = ("reproduced", "higher", "lower", "reduced budget", "not run", "no published number")
 TOLERANCE = 1.5  # percentage points: a difference this small is called reproduced whatever the intervals say
@@ -438,10 +440,12 @@ def table_markdown(
     name = name or "-".join(str(part) for part in ("tab", paper, table, dataset) if part is not None).replace(" ", "-")
     caption = caption or f"{paper}{place}: published and measured accuracy (%, 95 % interval over tasks)."
     lines = ["| " + " | ".join(_HEADER) + " |", "|" + " --- |" * len(_HEADER)]
+    ours = results_folder(folder).resolve() in ((REPOSITORY / "results").resolve(), INSTALLED.resolve())
     for row in rows:
         cells = [cell.replace("|", "\\|") for cell in _cells(row)]
         if row["files"]:
-            first, *others = (f"{RECORDS_URL}/{paper}/{Path(file).name}" for file in row["files"])
+            first, *others = (f"{RECORDS_URL}/{paper}/{Path(file).name}" if ours else Path(file).resolve().as_uri()
+                              for file in row["files"])
             more = "".join(f" [{number}]({url})" for number, url in enumerate(others, start=2))
             cells[3] = f"[{cells[3]}]({first}){more}"
         lines.append("| " + " | ".join(cells) + " |")

@@ -22,7 +22,7 @@ from .episodes import PartitionTasks
 from .evaluation import evaluate
 from .learned_rule import ACTIVATIONS, UpdateRule
 from .packs import write_json
-from .results import provenance, results_folder
+from .results import check_writable, own_folder, provenance
 from .rule_baselines import ProtoMLP, ShuffledTasks, supervised_accuracy, vae_path
 from .rule_evaluation import Trial, pca_accuracy, pixel_accuracy, rule_curve, trial
 from .rule_learners import PESLearner, RuleLearner
@@ -202,6 +202,7 @@ def main() -> None:
         parser.error(wrong)
     tune_cpu()
     started = time.perf_counter()
+    check_writable(given.folder or own_folder())
     about, done = _figure(given)
     record = {"figure": given.figure, "theta": about, **done,
               "wall_seconds": round(time.perf_counter() - started, 1), **provenance()}  # fmt: skip
@@ -219,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--networks", type=int, help="how many each number is the mean of")
     parser.add_argument("--data", nargs="+", choices=HELD_OUT, metavar="NAME", help="for `datasets` and `training`")
-    parser.add_argument("--folder", type=Path, help="where to write (default: results/learned_rule/figures)")
+    parser.add_argument("--folder", type=Path, help="where to write (default: learned_rule/figures among the records)")
     return parser
 
 
@@ -253,7 +254,7 @@ def _write(record: dict, folder: Path | None, add: bool) -> Path:
     """Write a record into its file; `add` keeps the data sets that are there. ValueError: those have other settings."""
     about = record["theta"]
     name = record["figure"] + (f"-{about['plan']}-{about['steps']}-seed{about['seed']}" if about else "")
-    path = (folder or results_folder() / "learned_rule" / "figures") / f"{name}.json"
+    path = (folder or own_folder() / "learned_rule" / "figures") / f"{name}.json"
     if add and path.exists():
         old = json.loads(path.read_text())
         settings = ("networks", "steps", "meta_steps")

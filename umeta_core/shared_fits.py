@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .embeddings.base import Embedding, read, write_atomically
-from .packs import atomic
+from .embeddings.base import Embedding, read
+from .packs import atomic, save_tensors
 from .results import REPOSITORY
 
 FOLDER = REPOSITORY / "results" / "fits"
@@ -33,7 +33,7 @@ def share(model: Embedding | type[Embedding], checkpoint: str | Path, path: str 
         raise ValueError(f"{checkpoint} is at epoch {there}; finish the fit first")
     encoder = {name: _half(name, value) for name, value in state["model"].items() if _encodes(model, name)}
     about = {key: state[key] for key in ("config", "epoch", "made_by")}
-    write_atomically({"encoder": encoder, "seconds": state["history"]["seconds"], **about}, path)
+    save_tensors({"encoder": encoder, "seconds": state["history"]["seconds"], **about}, path)
 
 
 def is_shared(state: dict) -> bool:

@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from .packs import atomic, load_tensors, write_json
+from .packs import load_tensors, save_tensors, write_json
 
 
 def snapshots_of(checkpoint) -> Path:
@@ -25,8 +24,7 @@ def snapshots_of(checkpoint) -> Path:
 
 def take(learner: nn.Module, folder, step: int) -> None:
     """Write the weights as they are after `step` steps."""
-    with atomic(_file(folder, step)) as partial:
-        torch.save(learner.state_dict(), partial)
+    save_tensors(learner.state_dict(), _file(folder, step))
 
 
 def clear(folder) -> None:

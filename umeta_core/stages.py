@@ -19,9 +19,9 @@ from torch import Tensor
 from . import partitions as parts
 from . import shared_fits
 from .data import COUNTS, ImageSet, load
-from .embeddings.base import Embedding, read, write_atomically
+from .embeddings.base import Embedding, read
 from .embeddings.deepcluster import pca_whitening
-from .packs import alone, cache_folder
+from .packs import alone, cache_folder, save_tensors
 from .pickles import read_embeddings
 from .readers import MINI_IMAGENET
 from .rows import EMBEDDINGS, EmbeddingPlan, Row, embedding_plan
@@ -30,7 +30,7 @@ from .speed import tune_cpu
 
 def stages_folder(folder=None) -> Path:
     """The argument, ``$UMETA_STAGES``, or a folder in the user's cache."""
-    return Path(folder or os.environ.get("UMETA_STAGES") or cache_folder() / "stages")
+    return Path(folder or os.environ.get("UMETA_STAGES") or cache_folder() / "stages").expanduser()
 
 
 def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0, path=None) -> Embedding:
@@ -257,7 +257,7 @@ def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tens
         mean, matrix = pca_whitening(basis, model.d)
         z = (z - mean) @ matrix
     z = torch.nn.functional.normalize(z, dim=1) if row.plan.normalize else z
-    write_atomically({"z": z.cpu(), "images": fingerprint(images), "settings": settings}, path)
+    save_tensors({"z": z.cpu(), "images": fingerprint(images), "settings": settings}, path)
     return z
 
 
@@ -327,7 +327,7 @@ def import_embeddings(row: Row, source, folder=None) -> list[Path]:
     _check_classes(row, source, {split: names for split, (_, _, names) in found.items()})
     for split, (z, labels, names) in found.items():
         z = torch.nn.functional.normalize(z, dim=1) if row.plan.normalize else z
-        write_atomically({"z": z, "labels": labels, "class_names": names}, published_file(row, split, folder))
+        save_tensors({"z": z, "labels": labels, "class_names": names}, published_file(row, split, folder))
     return [published_file(row, split, folder) for split in pickles]
 
 
@@ -369,7 +369,7 @@ def make_partitions(row: Row, scale: str, seed: int, device="cpu", folder=None) 
     with alone(path):
         if not path.exists():
             made = _partitions(row, scale, k, many, least, z, generator).cpu()
-            write_atomically({"partitions": made, "images": fingerprint(images_of(row, "train")), **mark}, path)
+            save_tensors({"partitions": made, "images": fingerprint(images_of(row, "train")), **mark}, path)
     stored = read(path)
     if "partitions" not in stored:
         raise ValueError(f"{path} holds no partitions; delete it to cluster again")
@@ -427,7 +427,7 @@ def centroids(row: Row, scale: str, device="cpu", folder=None) -> Tensor:
         if not path.exists():
             restarts = 10 if scale == "full" else 1
             made = parts.kmeans(z, k, torch.Generator(device=device).manual_seed(0), restarts=restarts).centroids
-            write_atomically({"centroids": made.cpu(), **mark}, path)
+            save_tensors({"centroids": made.cpu(), **mark}, path)
     stored = read(path)
     _check_vectors(path, stored, mark)
     return stored["centroids"].to(device)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .episodes import Episodes
-from .packs import atomic, load_tensors
+from .packs import load_tensors, save_tensors
 from .results import provenance
 from .snapshots import clear, take
 from .speed import rank, world
@@ -275,8 +275,7 @@ class _Run:
             "source": self.source.state_dict() if hasattr(self.source, "state_dict") else None,
             "made_by": self.made_by,
         }
-        with atomic(self.checkpoint) as partial:
-            torch.save(state, partial)
+        save_tensors(state, self.checkpoint)
 
     def load(self) -> None:
         state = read_checkpoint(self.checkpoint)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import as_floats
-from ..packs import atomic, load_tensors
+from ..packs import load_tensors, save_tensors
 from ..results import provenance
 from ..training import NonFiniteLoss
 
@@ -116,7 +116,7 @@ class Embedding(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the state dict, whole or not at all."""
-        write_atomically(self.state_dict(), path)
+        save_tensors(self.state_dict(), path)
 
     def restore(self, path: str | Path) -> Embedding:
         """Read what `save` or a checkpoint of `fit` wrote. ValueError: another network, or a damaged file."""
@@ -193,7 +193,7 @@ class _Fitting:
             "generator": self.generator.get_state(), "epoch": self.epoch, "at": self.at, "order": self.order,
             "sums": self.sums, "history": self.history, "config": self.config, "made_by": self.made_by,
         }  # fmt: skip
-        write_atomically(state, self.checkpoint)
+        save_tensors(state, self.checkpoint)
 
     def load(self) -> None:
         state = read(self.checkpoint)
@@ -244,12 +244,6 @@ def _mark(images: Tensor) -> str:
     return hashlib.sha256(images[:: -(-len(images) // 1000)].cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def write_atomically(state: dict, path: str | Path) -> None:
-    """``torch.save`` that leaves the old file in place until the new one is whole."""
-    with atomic(path) as partial:
-        torch.save(state, partial)
-
-
 def read(path: str | Path) -> dict:
-    """What `write_atomically` wrote, tensors on the CPU. ValueError: the file is damaged or something else."""
+    """What `save_tensors` wrote, tensors on the CPU. ValueError: the file is damaged or something else."""
     return load_tensors(path, "embedding")

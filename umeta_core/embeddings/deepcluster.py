@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..checks import one_of
 from ..data import as_floats
-from .base import Embedding, read, write_atomically
+from ..packs import save_tensors
+from .base import Embedding, read
 
 CHANNELS = (96, 256, 384, 384, 256)
 POOLED = (0, 1, 4)  # the convolutions that a 3x3 max-pool of stride 2 follows
@@ -183,7 +184,7 @@ class DeepCluster(Embedding):
         self._whitened(images.to(self.mean.device))
         self.final = True
         if checkpoint and Path(checkpoint).exists():
-            write_atomically({**read(checkpoint), "model": self.state_dict()}, checkpoint)
+            save_tensors({**read(checkpoint), "model": self.state_dict()}, checkpoint)
         return history
 
     def optimizers(self) -> list[torch.optim.Optimizer]:

@@ -37,7 +37,7 @@ def find_row(slug: str, dataset: str | None = None) -> Row:
     """
     by_slug = {row.slug: row for row in ROWS}
     if dataset is not None:
-        known(dataset)
+        _check_dataset(dataset)
         own = f"{slug}-{dataset.replace('_', '-')}"
         slug = own if own in by_slug else slug
     if slug in by_slug:
@@ -75,12 +75,18 @@ def select_rows(paper: str, table=None, names: str | None = None, dataset: str |
     elif numbers:
         rows = _closest(rows, numbers)
     if dataset is not None:
-        known(dataset)
+        _check_dataset(dataset)
         native = [row for row in rows if row.dataset == dataset]
         rows = native or [on_dataset(row, dataset) for row in rows if _moves(row, dataset)]
     if not rows:
         raise ValueError(_none_fits(paper, table, names, dataset))
     return rows
+
+
+def _check_dataset(dataset: str) -> None:
+    """ValueError for a name that neither a dataset has nor a row's classes, such as celeba_identity."""
+    if dataset not in {row.dataset for row in ROWS}:
+        known(dataset)
 
 
 def _moves(row: Row, dataset: str) -> bool:
@@ -99,7 +105,8 @@ def _none_fits(paper: str, table, names: str | None, dataset: str | None) -> str
     given = {"--table": table, "--rows": names, "--dataset": dataset}
     filters = " ".join(f"{name} {value}" for name, value in given.items() if value is not None)
     near = names and difflib.get_close_matches(names, slugs, 5, 0.5)
-    return f"no row of {paper} fits {filters}; {'near' if near else 'there are'}: {', '.join(near or slugs)}"
+    return f"no row of {paper} fits {filters}; {'near' if near else 'there are'}: {', '.join(near or slugs)}; " \
+           "a row is moved to another dataset by --rows NAME --dataset DATASET"
 
 
 def _closest(rows: list[Row], numbers: list[dict]) -> list[Row]:
