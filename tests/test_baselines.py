@@ -329,3 +329,9 @@ def test_images_are_taken_as_flat_vectors():
     images = Episodes(e.support.unflatten(3, (3, 4, 4)), e.query.unflatten(3, (3, 4, 4)))
     for learner in (NearestNeighbors(), NearestMean(), Ridge(), LinearClassifier()):
         assert torch.equal(learner.predict(images), learner.predict(e))
+
+
+def test_mlp_trains_with_dropout():
+    without, much = (MLPClassifier(generator=generator(), epochs=3, dropout=share).predict(episodes())
+                     for share in (0.0, 0.9))  # fmt: skip
+    assert (without - much).abs().max() > 1e-3  # from the same weights

@@ -843,3 +843,20 @@ def test_import_needs_only_torch_and_numpy(cache):
             "import umeta_core.data, umeta_core.attributes; print(umeta_core.packs.cache_folder())")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == str(cache), done.stderr
+
+
+def test_no_image_of_cifar10_is_trained_and_validated_on(tmp_path):
+    for part, n in (("train", 20), ("test", 1)):
+        packs.encode_pack(tmp_path / f"cifar10_{part}.npz", random_images(10 * n, size=32), class_names=np.arange(10),
+                          labels=np.repeat(np.arange(10), n).astype(np.int16))  # fmt: skip
+    train, val = ({image.numpy().tobytes() for image in data.load("cifar10", split, path=tmp_path).images}
+                  for split in ("train", "val"))  # fmt: skip
+    assert len(train) == 180 and len(val) == 20 and not train & val
+
+
+def test_a_pack_whose_offsets_do_not_fit_is_refused(tmp_path):
+    packs.encode_pack(tmp_path / "a.npz", random_images(3))
+    header, rest, offsets = packs.read_archive(tmp_path / "a.npz", "jpeg_header", "jpeg_data", "offsets")
+    packs.write_archive(tmp_path / "a.npz", jpeg_header=header, jpeg_data=np.append(rest, rest[:9]), offsets=offsets)
+    with pytest.raises(ValueError, match="offsets do not fit its data"):
+        packs.decode_pack(tmp_path / "a.npz", 84)

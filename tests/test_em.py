@@ -293,3 +293,8 @@ def test_mistakes_are_named():
     for other in (Mixture(start.weights[:, :3], start.mean), Mixture(start.weights, start.mean, start.mean[:1])):
         with pytest.raises(ValueError, match="are not of one mixture"):
             em(z, other)
+
+
+def test_the_floor_is_small_unless_another_is_asked_for():
+    z = torch.ones(1, 10, 3)
+    assert torch.allclose(em(z, random_start(z, 2, generator()), 5, covariance="diagonal").variance, torch.tensor(1e-4))

@@ -255,3 +255,12 @@ def test_a_fit_whose_weights_are_not_finite_is_not_saved(tmp_path):
     with pytest.raises(NonFiniteLoss, match="a weight is not finite after 1.0 epochs, though"):
         Root().fit(pictures(8), epochs=1, batch=8, checkpoint=tmp_path / "e.pt", progress=False)
     assert not (tmp_path / "e.pt").exists()
+
+
+def test_convolutional_bigan_sees_pixels_around_zero_and_judges_pairs():
+    """Medium gray is 0 inside, and there are no biases: what is left of it comes from the code."""
+    model = ConvBiGAN(1, 28, 5, width=4, crop=16, generator=seeded()).eval()
+    code = torch.randn(2, 5, generator=seeded(1))
+    assert (model.encode(torch.full((2, 1, 28, 28), 0.5)) == 0).all()
+    gray = torch.full((2, 1, 16, 16), 0.5)
+    assert (model.discriminate(gray, 0 * code) == 0).all() and (model.discriminate(gray, code) != 0).all()

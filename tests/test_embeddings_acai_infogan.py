@@ -373,3 +373,11 @@ def test_interrupted_fit_continues_bit_identically(which, tmp_path):
         assert torch.equal(a, b), name
     assert {k: v for k, v in history.items() if k != "seconds"} == {k: v for k, v in resumed.items() if k != "seconds"}
     assert len(history["epoch"]) == 2
+
+
+def test_infogan_players_have_rates_of_their_own():
+    model = small(InfoGAN)
+    groups = [optimizer.param_groups[0] for optimizer in model.optimizers()]
+    assert [(group["lr"], group["betas"]) for group in groups] == [(2e-4, (0.5, 0.999)), (1e-3, (0.5, 0.999))]
+    for group, network in zip(groups, (model.discriminator, model.generator)):
+        assert all(a is b for a, b in zip(group["params"], network.parameters(), strict=True))

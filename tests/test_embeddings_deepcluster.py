@@ -6,6 +6,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
+import umeta_core.partitions
 from umeta_core.embeddings.deepcluster import (
     DeepCluster,
     Sobel,
@@ -284,3 +285,16 @@ def test_a_view_of_a_fit_reads_it(tmp_path):
     own.fit(images, **fit)
     inductive.fit(images, **fit)
     assert torch.equal(own.top.weight, inductive.top.weight) and inductive.whiten == "train"
+
+
+def test_dropout_keeps_the_mean():
+    dropped = small(dropout=0.25).train()._drop(torch.ones(200, 500), generator())
+    assert dropped.mean().item() == pytest.approx(1, abs=0.01) and (dropped == 0).float().mean() > 0.2
+
+
+def test_k_means_takes_the_iterations_asked_for(monkeypatch):
+    asked, real = [], umeta_core.partitions.kmeans
+    monkeypatch.setattr(umeta_core.partitions, "kmeans", lambda *a, **k: asked.append(k["iterations"]) or real(*a, **k))
+    model = small(iterations=7)
+    model.start_epoch(bars(64)[0], 0, 1, generator())
+    assert asked == [7]

@@ -8,7 +8,7 @@ from test_training import source
 
 from umeta_core.data import ImageSet
 from umeta_core.episodes import Episodes, PartitionTasks
-from umeta_core.evaluation import evaluate, evaluate_curve, in_chunks, interval
+from umeta_core.evaluation import evaluate, evaluate_curve, in_chunks, interval, sample_blocks
 from umeta_core.maml import MAML
 from umeta_core.networks import Conv4
 from umeta_core.protonets import ProtoNet
@@ -103,3 +103,8 @@ def test_images_that_were_embedded_before_get_the_same_answers():
     assert torch.equal(once.accuracies, again.accuracies)
     assert not ProtoNet(Conv4(1, 28, 8), batch_norm="transductive").sees_one
     assert not ProtoNet(Conv4(1, 28, 8), apart=True).sees_one
+
+
+def test_a_block_knows_the_number_of_its_first_task():
+    """By which a learner that samples gives each task noise of its own."""
+    assert [block.first for block in sample_blocks(source(), 50, 3, 1, 2, seed=0)] == [0, 20, 40]

@@ -14,7 +14,7 @@ from torch import nn
 from umeta_core.data import load
 from umeta_core.embeddings.supervised import Supervised, augment, distort, look, random_boxes
 from umeta_core.pickles import read_embeddings, read_pickle
-from umeta_core.wide_resnet import WideResNet
+from umeta_core.wide_resnet import Block, WideResNet
 
 
 def generator(seed=0):
@@ -416,3 +416,28 @@ def test_other_pickles_are_told_apart(tmp_path, content, message):
         read_embeddings(path)
     with pytest.raises(FileNotFoundError):
         read_pickle(tmp_path / "absent.pkl")
+
+
+def test_dropout_of_a_block_keeps_the_mean():
+    plain, dropping = (Block(8, 8, 1, share).train() for share in (0.0, 0.5))
+    dropping.load_state_dict(plain.state_dict())
+    x, g = torch.rand(4, 8, 6, 6, generator=generator()), generator(1)
+    with torch.no_grad():
+        wanted, found = plain(x), torch.stack([dropping(x, g) for _ in range(400)]).mean(0)
+    assert (found - wanted).norm() < 0.15 * (wanted - x).norm()
+
+
+def test_an_update_is_a_step_of_sgd_on_the_cross_entropy():
+    model, twin, y = small(dropout=0.0), small(dropout=0.0), torch.arange(12) % 6
+    model.labels, model.opt = y, [torch.optim.SGD(model.parameters(), lr=0.1)]
+    model.step(random_images(12), torch.arange(12), generator())
+    x = augment(random_images(12), 20, generator(), **twin.augmentation)
+    F.cross_entropy(twin.net((x - 0.5) / 0.25), y).backward()
+    for p, q in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q - 0.1 * q.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_boxes_lie_anywhere_in_the_image():
+    boxes = random_boxes(4000, generator(), area=0.3, aspect=1.0, flip=False)
+    place = boxes[:, :2] / (1 - boxes[:, 2:]).clamp_min(1e-6)
+    assert (place.mean(0).abs() < 0.05).all() and place.std(0).tolist() == pytest.approx([3**-0.5] * 2, rel=0.05)

@@ -502,3 +502,11 @@ def test_noise_differs_between_seeds_and_processes(monkeypatch):
         g = LEO(8, seed=seed)._noise(torch.zeros(1))
         drawn.add(tuple(torch.randn(3, generator=g).tolist()))
     assert len(drawn) == 3
+
+
+@pytest.mark.parametrize("prior", ["random", "random at test"])
+def test_random_codes_have_neither_divergence_nor_penalty(prior):
+    model = small(prior=prior)
+    done = model.adapt(episodes().support, torch.Generator().manual_seed(0))
+    wanted = model.l2 * model.l2_penalty() + model.orthogonality * model.orthogonality_of()
+    torch.testing.assert_close(model.regularizers(done), wanted)

@@ -310,3 +310,17 @@ def test_training_beats_predicting_the_mean():
     error = (model.predict(test, test.query_x, 1, generator(1))[0] - test.query_y).square().mean(1)
     variance = (test.query_y - test.query_y.mean(1, keepdim=True)).square().mean(1)  # predicting each task's mean
     assert error.median() < 0.75 * variance.median()  # medians: after so few steps single tasks still diverge
+
+
+def test_orthogonality_is_of_the_decoder():
+    model = learner(orthogonality=2.0)
+    torch.testing.assert_close(model.regularizer(), 2 * sum(leo.orthogonality_penalty(w) for w in model.decoder))
+
+
+def test_a_step_that_is_not_a_number_shrinks_the_weights_and_leaves_the_rates():
+    model = learner()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    model.prepare_gradients(torch.tensor(torch.nan))
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, torch.zeros_like(p) if name == "rates" else 1e-4 * p.detach())

@@ -320,3 +320,18 @@ def test_a_derivative_too_many_is_an_error():
     weights = [p for p in maml.parameters() if p.requires_grad]
     with pytest.raises(RuntimeError, match="can be differentiated once; MAML.loss_reference"):
         torch.autograd.grad(maml.loss(e)[0].square().mean(), weights, create_graph=True)
+
+
+def test_training_accuracy_is_that_of_the_adapted_network():
+    maml, tasks = MAML(network(**CACTUS), 0.1, inner_steps=3, test_steps=3), episodes(tasks=4, query=5)
+    right = (maml.predict(tasks).argmax(2) == tasks.labels).float().mean(1)
+    for f in (maml.loss, maml.loss_reference):
+        torch.testing.assert_close(f(tasks)[1], right)
+
+
+def test_heads_start_as_asked():
+    heads = [Conv4(1, 16, 8, way=50, head_init=kind, generator=torch.Generator().manual_seed(0)).head_weight
+             for kind in ("normal", "glorot")]  # fmt: skip
+    normal, glorot = (head.detach() for head in heads)
+    assert normal.std().item() == pytest.approx(1, rel=0.1)
+    assert glorot.abs().max().item() == pytest.approx((6 / (50 + 8)) ** 0.5, rel=0.05)

@@ -410,3 +410,31 @@ def test_clusters_are_shown_from_the_purest_or_the_largest():
         assert [figure.axes[4 * i].texts[0].get_text() for i in range(3)] == numbers
     with pytest.raises(ValueError, match="3 clusters have 4 members, 5 are to be shown"):
         show_clusters(images, partition, members=4)
+
+
+def test_each_partition_is_clustered_under_its_own_metric():
+    """Heaps at the corners of a square: two clusters halve it across the side that the metric makes the longer."""
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]).repeat(10, 1)
+    w = parts.random_scalings(8, 2, seeded(1))
+    found = parts.cluster_partitions(x, 2, 8, seeded(1), least=6, restarts=10)
+    for labels, longer in zip(found[1:], w[1:].argmax(1)):
+        side = x[:, longer].to(labels.dtype)
+        assert torch.equal(labels, side) or torch.equal(labels, 1 - side)
+    assert len(w[1:].argmax(1).unique()) == 2
+
+
+def test_a_single_partition_is_the_best_of_ten(monkeypatch):
+    asked = []
+    monkeypatch.setattr(parts, "_cluster", lambda z, *rest: asked.append(rest[-1]) or torch.arange(len(z))[None] % 2)
+    for partitions in (1, 2):
+        parts.cluster_partitions(torch.randn(20, 2), 2, partitions, seeded(), least=3)
+    assert asked == [10, 1, 1]
+
+
+def test_points_on_hyperplanes_are_spread_as_asked(monkeypatch):
+    drawn, real = [], parts.signed_distances
+    monkeypatch.setattr(parts, "signed_distances", lambda z, n, points: drawn.append(points) or real(z, n, points))
+    for spread in (0.0, 0.8):
+        drawn.clear()
+        parts.hyperplane_partitions(blobs(3000, 16)[0], 4, 2, seeded(), least=6, spread=spread, planes=20)
+        assert 0.99 * spread <= torch.cat(drawn).abs().max() <= spread

@@ -367,3 +367,10 @@ def test_records_never_go_into_the_installed_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "INSTALLED", installed)
     assert results.results_folder() == installed and results.own_folder() == Path("results")
     assert results.own_folder(tmp_path) == tmp_path
+
+
+def test_two_seeds_have_no_spread_that_could_excuse_a_difference(tmp_path):
+    for seed, accuracy in enumerate((94.0, 98.0)):
+        write_record(record(seed=seed, accuracy=accuracy, ci95=0.3), tmp_path)
+    row = number(tmp_path)
+    assert (row["spread"], row["verdict"]) == (None, "lower")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from umeta_core import rule_figures, rule_runs
+from umeta_core import rule_baselines, rule_figures, rule_runs
 from umeta_core.data import load
 from umeta_core.episodes import PartitionTasks
-from umeta_core.learned_rule import UpdateRule, initial_phi, run_network
+from umeta_core.learned_rule import UpdateRule, initial_phi, meta_objective, run_network
 from umeta_core.rule_baselines import (
     ProtoMLP,
     ShuffledTasks,
@@ -57,8 +57,8 @@ def test_a_trial_is_reproducible_and_judges_with_other_images(digits):
 def test_a_curve_begins_with_the_random_network_and_is_the_steps(task):
     rule = UpdateRule("small", lr=0.1)
     curve = rule_curve(rule, task, (0, 2), batch=8)
-    u = run_network(task.phi, task.x.flatten(1, 3).view(2 * 3, -1, 64)[:1])[0]
-    assert u[-1].shape[-1] == 32 and curve.shape == (2, 2)
+    assert torch.equal(curve[0], meta_objective(task.phi, task.x, task.labels, task.bucket.way).accuracy)
+    assert curve.shape == (2, 2) and (curve > 1 / task.bucket.way).all()
     g, phi = generator(task.seed + 1), task.phi
     for _ in range(2):
         phi = rule.step(phi, task.batch(8, g))
@@ -190,3 +190,16 @@ def test_a_run_leaves_its_last_theta_whatever_every_says(tmp_path, monkeypatch):
 def test_rates_of_a_plan_fall_where_it_says():
     rate = rule_runs.PLANS["paper"].rate
     assert [rate(step) for step in (0, 99_999, 100_000, 150_000)] == [3e-4, 3e-4, 1e-4, 2e-5]
+
+
+def test_the_divergence_of_the_vae_is_never_negative(task, monkeypatch):
+    """Without pixels to explain it is all of the loss, and goes to 0."""
+    monkeypatch.setattr(rule_baselines, "log_likelihood", lambda x, mean, log_std: 0 * mean)
+    (first, _), (last, _) = vae_path(task, (1, 150), width=32, lr=1e-2, batch=32)
+    assert (last > 0).all() and (last < 0.1 * first).all()
+
+
+def test_the_rule_is_shown_other_images_than_it_is_judged_on():
+    train, test = load("digits", "train"), load("digits", "test")
+    shown = trial(train, test, networks=1, draws=1, shuffle=False).batch(200, generator())[0]
+    assert torch.cdist(shown, train.images.flatten(1).float() / 255).amin(1).max() < 1e-2

@@ -284,3 +284,30 @@ def test_two_processes_are_one(glyphs, tmp_path):
         one, _ = meta_train(glyphs, 4, Recorder(), tasks=tasks, lr=0.0)
         for a, b in zip(one.seen, saved[tasks]):
             assert (a - b).abs().max() < tolerance * a.abs().max()
+
+
+def test_pixels_are_dropped_with_the_stated_probability(glyphs):
+    """From all images of half of the tasks, and for each example of half of the tasks."""
+    white = replace(glyphs, images=torch.full_like(glyphs.images, 255))
+    tasks = RuleTasks([Bucket(white, way=3, hidden=(6,), drop=0.2, moved=0)], SHORT, batch=50, draws=1)
+    truncation = tasks.sample(40, 0, 5, 0, generator())
+    state = tasks.alive[0]
+    expected = state["seen"].float().mean(1) * torch.where(state["drops"], 0.8, 1.0)
+    torch.testing.assert_close((truncation.x > 0).float().mean((1, 2, 3)), expected, rtol=0, atol=0.05)
+    assert 0.7 < expected.mean() < 0.9 and 5 < state["drops"].sum() < 35
+
+
+def test_the_first_networks_differ_in_age(glyphs):
+    """A life is normal with mean and deviation 1000, at least 1: 1083 on average, of which half is left."""
+    tasks = RuleTasks([Bucket(glyphs, 3, (6,))], replace(SHORT, length=(1000.0, 1000.0)), batch=6, draws=1)
+    tasks.sample(300, 0, 5, 0, generator())
+    assert tasks.alive[0]["left"].mean().item() == pytest.approx(540, rel=0.2)
+
+
+def test_networks_age_by_their_inner_steps(glyphs):
+    curriculum = replace(SHORT, unroll=((3, 3), (3, 3)), length=(1e4, 1e4))
+    tasks, g = RuleTasks([Bucket(glyphs, 3, (6,))], curriculum, batch=6, draws=1), generator()
+    first, second = (tasks.sample(4, 0, 5, 0, g).left.clone() for _ in range(2))
+    alive = first > 0
+    assert alive.any()
+    torch.testing.assert_close((first - second)[alive], torch.full((int(alive.sum()),), 3.0), rtol=0, atol=0.1)

@@ -104,3 +104,28 @@ def test_bad_input_is_named():
         SimCLR(schedule="linear")
     with pytest.raises(ValueError, match=r"takes images of \(3, 32, 32\)"):
         SimCLR(size=32).embed(random_images(2, 40))
+
+
+def test_the_schedule_sets_the_rate_of_adam():
+    model, rates = SimCLR(size=32, lr=2e-3, schedule="cosine", generator=generator()), []
+    model.opt = model.optimizers()
+    for epoch in (0, 5):
+        model.start_epoch(random_images(4), epoch, 10, generator())
+        rates.append(model.opt[0].param_groups[0]["lr"])
+    assert rates == pytest.approx([2e-3, 1e-3])
+
+
+def test_four_of_five_views_change_their_colors():
+    x = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1).expand(1000, 3, 32, 32)  # one color: a part looks like the whole
+    same = (views(x, generator()) - x).abs().amax((1, 2, 3)) < 1e-4  # neither changed nor gray: 0.2 times 0.8
+    assert 0.12 < same.float().mean() < 0.20
+
+
+def test_the_loss_has_the_temperature_of_the_model():
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=generator())
+    losses = []
+    for temperature in (0.1, 0.5):
+        model = SimCLR(size=32, temperature=temperature, generator=generator())
+        model.opt = model.optimizers()
+        losses.append(model.step(images, torch.arange(8), generator())["loss"].item())
+    assert abs(losses[0] - losses[1]) > 0.05

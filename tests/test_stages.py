@@ -210,7 +210,7 @@ def test_rows_of_leo_on_small_features_are_short_or_long():
     assert matches(number, vars(short)) and not matches(number, vars(long))
 
 
-def test_leo_learns_on_features_and_stops_early(folder, tmp_path):
+def test_leo_rows_run_on_features_and_record_their_validation(folder, tmp_path):
     row = find_row("leo-1shot", "glyphs")
     record = run_row(row, "smoke", folder=tmp_path, stages=folder)
     assert record["validation"], "validation accuracies are recorded"

@@ -382,3 +382,20 @@ def test_the_best_weights_are_given_only_where_they_were_asked_for_from_the_star
     train(learner(), source(), steps=4, **more)
     with pytest.raises(ValueError, match="did not keep its best weights"):
         train(learner(), source(), steps=6, keep_best=True, **more)
+
+
+def test_the_rate_may_depend_on_the_steps_done():
+    """At a rate of 0 from the third step on nothing moves any more."""
+    falling, longer, constant = learner(), learner(), learner()
+    for model, steps, lr in ((falling, 2, lambda step: 1e-2 * (step < 2)), (longer, 5, lambda step: 1e-2 * (step < 2)),
+                             (constant, 2, 1e-2)):  # fmt: skip
+        train(model, source(), steps=steps, lr=lr, **TASK)
+    assert same(falling, longer) and same(falling, constant)
+
+
+def test_the_first_of_equals_is_the_best():
+    seen = []
+    model = learner()
+    train(model, source(), steps=4, keep_best=True, validate_every=2, **TASK,
+          validate=lambda m: seen.append(copy.deepcopy(m.state_dict())) or 1.0)  # fmt: skip
+    assert all(torch.equal(v, seen[0][k]) for k, v in model.state_dict().items())

@@ -58,3 +58,10 @@ def test_the_row_trains_a_linear_layer_on_the_test_vectors_alone(tmp_path):
     record = run_row(row, "smoke", folder=tmp_path, stages=tmp_path)
     assert [cell["accuracy"] for cell in record["cells"]] == [100.0, 100.0]
     assert record["protocol"]["inner_lr"] == 0.05 and record["embedding_fit"]["epochs"] == 0
+
+
+def test_colors_are_normalized_as_torchvisions_weights_expect():
+    model = VGG19(3, 32, input=32, weights=None, generator=torch.Generator().manual_seed(0))
+    shift, scale = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model.encode(x), model.network((x - shift) / scale).flatten(1))
