@@ -28,7 +28,7 @@ def arguments(doc: str, **more) -> argparse.Namespace:
 
 def synchronize(device: str) -> None:
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def matmul_rate(device: str) -> float:

@@ -34,7 +34,7 @@ def plain_block(self, x, along):
     """Convolution, batch norm and ReLU as PyTorch has them, for a batch of one task."""
     x = x[0] if along == 2 else x[0].transpose(0, 1)
     y = F.conv1d(x.mT, self.weight.permute(2, 0, 1), None, padding=self.weight.shape[1] // 2)
-    y = F.relu(F.batch_norm(y, None, None, None, self.shift, True, 0.0, 1e-3)).mT
+    y = F.relu(F.batch_norm(y, None, None, torch.ones_like(self.shift), self.shift, True, 0.0, 1e-3)).mT
     return (y if along == 2 else y.transpose(0, 1))[None]
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from umeta_core.episodes import Episodes
 from umeta_core.losses import cross_entropy
 from umeta_core.maml import MAML
-from umeta_core.networks import MLP, Conv4
+from umeta_core.networks import MLP, Conv4, truncated_normal_
 
 CACTUS = {"downsample": "stride", "head": "mean", "norm": "shift", "eps": 1e-3, "head_init": "normal"}
 NETWORKS = [CACTUS, {"norm": "affine"}, {"norm": "shift"}]
@@ -335,3 +335,14 @@ def test_heads_start_as_asked():
     normal, glorot = (head.detach() for head in heads)
     assert normal.std().item() == pytest.approx(1, rel=0.1)
     assert glorot.abs().max().item() == pytest.approx((6 / (50 + 8)) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_truncated_normals_are_those_of_pytorch_2_12(dtype):
+    """Earlier versions draw others, so that with the same seed a rule would start elsewhere."""
+    ours, theirs = torch.empty(50, 40, dtype=dtype), torch.empty(50, 40, dtype=dtype)
+    truncated_normal_(ours, 0.3, torch.Generator().manual_seed(5))
+    assert ours.abs().max() <= 0.6 and ours.std().item() == pytest.approx(0.3 * 0.88, rel=0.06)
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12):
+        torch.nn.init.trunc_normal_(theirs, 0, 0.3, -0.6, 0.6, generator=torch.Generator().manual_seed(5))
+        assert torch.equal(ours, theirs)

@@ -45,7 +45,8 @@ class AttributeTasks:
         if not len(prototypes):
             raise ValueError(f"no three attributes of {images.name} {images.split} ({len(images)} images) make two "
                              "classes that are large enough; take more images, or a smaller r")
-        self.images, self.features = images, features
+        self.images = images
+        self.features = None if features is None else features.to(images.attributes.device)
         self.prototypes = prototypes.to(images.attributes.device)
 
     def sample(self, tasks, way, shot, query, generator):

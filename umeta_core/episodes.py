@@ -95,7 +95,7 @@ class PartitionTasks:
     def __init__(self, images: ImageSet, partitions: Tensor | None = None, features: Tensor | None = None):
         if features is None and images.images.dtype != torch.uint8:
             raise ValueError(f"images are uint8, 0 to 255, not {images.images.dtype}; pass other numbers as features")
-        features = None if features is None else torch.as_tensor(features)
+        features = None if features is None else torch.as_tensor(features).to(images.labels.device)
         parts = images.labels if partitions is None else torch.as_tensor(partitions).to(images.labels.device)
         parts = parts.unsqueeze(0) if parts.dim() == 1 else parts
         shown = len(images) if features is None else len(features)

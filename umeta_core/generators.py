@@ -102,7 +102,7 @@ class VAE(Generator):
             sees a batch, only its scales and shifts are learned. In the authors' code Keras has it in inference mode
             while it trains, as far as can be told without running it.
         lr: of Adam.
-        autocast: bfloat16 convolutions; None: on a GPU only.
+        autocast: bfloat16 convolutions; None: on a GPU that can (Ampere or later).
         generator: source of the initial weights, Glorot-uniform.
 
     Raises:
@@ -212,7 +212,7 @@ class MSGAN(Generator):
             batch, with the latents of both images. See `mode_seeking`.
         seeking: weight of that term; 0 for a plain GAN.
         lr: of both Adams.
-        autocast: bfloat16 convolutions; None: on a GPU only.
+        autocast: bfloat16 convolutions; None: on a GPU that can (Ampere or later).
         generator: source of the initial weights, Glorot-uniform.
 
     Raises:
@@ -279,7 +279,7 @@ def discriminator_loss(logits: Tensor, label_noise: Tensor) -> Tensor:
 
     A label above 1 is not a probability, and the loss has no lower bound there (reference code). (eq-gan-discriminator)
     """
-    labels = label_noise + torch.tensor([[1.0], [0.0]], device=logits.device)
+    labels = torch.stack([label_noise[0] + 1, label_noise[1]])
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .fast_rule import ConvNormRelu, shifted_sum
+from .networks import truncated_normal_
 
 EMBEDDING = 32  # N_L; theta is tied to it, and to nothing else of the network that it trains
 LOW_RANK = 4  # R, channels of a low-rank readout (reference code; the paper gives no number)
@@ -74,7 +75,7 @@ def initial_phi(tasks: int, widths: tuple[int, ...], generator: torch.Generator,
 
     def normal(*shape, std):
         x = torch.empty(shape, dtype=dtype, device=generator.device)
-        return nn.init.trunc_normal_(x, std=std, a=-2 * std, b=2 * std, generator=generator)
+        return truncated_normal_(x, std, generator)
 
     pairs = list(zip(widths, widths[1:]))
     return Phi(
@@ -350,7 +351,7 @@ class Conv(nn.Module):
         super().__init__()
         std = 1 / math.sqrt(width * inputs)
         weight = torch.empty(inputs, width, outputs)
-        self.weight = nn.Parameter(nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator))
+        self.weight = nn.Parameter(truncated_normal_(weight, std, generator))
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor, along: int) -> Tensor:

@@ -39,7 +39,8 @@ class UnlabeledSets:
                              f"{len(images)}")  # fmt: skip
         if features is not None and not torch.isfinite(features).all():
             raise ValueError("some features are not finite; fit the embedding again")
-        self.images, self.features = images, features
+        self.images = images
+        self.features = None if features is None else features.to(images.labels.device)
 
     def sample(self, tasks: int, way: int, shot: int, query: int, generator: torch.Generator) -> Episodes:
         """`tasks` sets of M = way * (shot + query) images; plainest with way 1, shot M, query 0."""

@@ -212,6 +212,7 @@ def provenance(device="cpu") -> dict:
         "dirty": bool(changes) or commit is None,
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__},
         "device": device_name(device),
+        **({"tf32": torch.backends.cudnn.allow_tf32} if torch.device(device).type == "cuda" else {}),
         **({"preloaded": preloaded} if (preloaded := _preloaded()) else {}),
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

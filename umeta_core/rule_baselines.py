@@ -36,7 +36,7 @@ def vae_path(task: Trial, at: tuple[int, ...], width: int = 128, lr: float = 1e-
 
     done = 0
     for steps in at:
-        loss = torch.full((tasks,), float("nan"))
+        loss = torch.full((tasks,), float("nan"), device=task.x.device)
         for _ in range(steps - done):
             x = task.batch(batch, generator)
             mean, log_std = mean_and_log_std(encoder, heads[0], x)

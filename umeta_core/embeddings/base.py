@@ -24,7 +24,7 @@ class Embedding(nn.Module):
 
     d: int
     takes: tuple | None = None  # [C, H, W] of the images, where another shape would not be noticed or fail obscurely
-    autocast: bool | None = False  # bfloat16 where `autocast_for` is used; None: on a GPU only
+    autocast: bool | None = False  # bfloat16 where `autocast_for` is used; None: on a GPU that can (Ampere or later)
     encoder_parts: tuple = ("",)  # how the names of what `encode` uses begin in the state dict
 
     def encode(self, x: Tensor) -> Tensor:
@@ -104,7 +104,8 @@ class Embedding(nn.Module):
 
     def autocast_for(self, x: Tensor) -> torch.autocast:
         """The context of a network's pass over x: in bfloat16 if `autocast` says so."""
-        enabled = x.is_cuda if self.autocast is None else self.autocast
+        able = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)  # older GPUs only emulate it
+        enabled = able and (x.is_cuda if self.autocast is None else self.autocast)
         return torch.autocast(x.device.type, torch.bfloat16, enabled=enabled)
 
     @staticmethod

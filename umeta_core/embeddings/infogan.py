@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import as_floats
+from ..networks import truncated_normal_
 from .base import Embedding
 
 SLOPE = 0.01  # of LeakyReLU below zero (reference code; the paper says 0.1)
@@ -217,7 +218,7 @@ def initialize(network: nn.Module, generator: torch.Generator | None) -> None:
     """Weights N(0, 0.02^2), cut at two deviations in convolutions; scales of batch norm N(1, 0.02^2); biases zero."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
-            nn.init.trunc_normal_(layer.weight, std=STD, a=-2 * STD, b=2 * STD, generator=generator)
+            truncated_normal_(layer.weight, STD, generator)
         elif isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(layer.weight, std=STD, generator=generator)
         elif isinstance(layer, BatchNorm):

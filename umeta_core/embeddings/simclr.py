@@ -35,7 +35,7 @@ class SimCLR(Embedding):
             fit; "constant".
         normalize: colors by ImageNet's statistics (reference code, not in the paper).
         area: least share of the image that a view shows; color: strength of the color distortion, see `views`.
-        autocast: bfloat16 convolutions; None: on a GPU only.
+        autocast: bfloat16 convolutions; None: on a GPU that can (Ampere or later).
         generator: source of the initial weights, Glorot-uniform.
 
     Raises:

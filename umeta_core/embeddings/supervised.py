@@ -41,8 +41,8 @@ class Supervised(Embedding):
         area: least share of the image's area that a training view shows; aspect: largest ratio of its sides.
         color: largest relative change of brightness, contrast and saturation. flip: mirror half of the views.
         views: test views: "center", or "multi": that one, the four corners and the mirrors of these five, averaged.
-        autocast: bfloat16 convolutions; None: on a GPU only. On a CPU with bf16 instructions training is 1.3 to 1.6
-            times as fast, on others far slower.
+        autocast: bfloat16 convolutions; None: on a GPU that can (Ampere or later). On a CPU with bf16
+            instructions training is 1.3 to 1.6 times as fast, on others far slower.
         generator: source of the initial weights.
 
     Raises:
