@@ -8,7 +8,7 @@ import torch
 from scratch import scratch_namespace
 
 from umeta_core.evaluation import interval
-from umeta_core.results import TOLERANCE, verdict
+from umeta_core.results import TOLERANCE, difference, pack_counts, verdict
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,20 @@ def test_eq_verdict_tolerance():
     for ours, h_paper, h_ours, s in GRID:
         within = abs(ours - 50.0) <= max(1.5, 2 * s, h_paper + h_ours)
         assert (verdict(50.0, h_paper, ours, h_ours, s) == "reproduced") == within
+
+
+def test_eq_paired(scratch):
+    g = torch.Generator().manual_seed(0)
+    common, *own = torch.randint(0, 9, (3, 300), generator=g)
+    right = [common + each for each in own]  # of 5 x 5 answers
+    a, b = (4.0 * r.double() for r in right)  # percent
+    cells = [{"way": 5, "shot": 1, "query": 5, "tasks": 300, "accuracy": mean.mean().item(), "ci95": 1.0,
+              "answers": {"seed": 0, "correct": pack_counts(r.tolist())}} for r, mean in zip(right, (a, b))]  # fmt: skip
+    rho = torch.corrcoef(torch.stack([a, b]))[0, 1]
+    (s_a, s_b), gap = (x.std(correction=0) for x in (a, b)), (a - b).mean().item()
+    half = 1.96 * ((s_a**2 + s_b**2 - 2 * rho * s_a * s_b) / 300).sqrt().item()
+    assert difference(*cells) == pytest.approx((gap, half))
+    assert half == pytest.approx(scratch["paired_half_width"](a, b).item())
 
 
 def test_scratch_verdict_equals_the_library(scratch):
