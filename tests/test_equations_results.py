@@ -32,7 +32,8 @@ def test_eq_paired(scratch):
     right = [common + each for each in own]  # of 5 x 5 answers
     a, b = (4.0 * r.double() for r in right)  # percent
     cells = [{"way": 5, "shot": 1, "query": 5, "tasks": 300, "accuracy": mean.mean().item(), "ci95": 1.0,
-              "answers": {"seed": 0, "correct": pack_counts(r.tolist())}} for r, mean in zip(right, (a, b))]  # fmt: skip
+              "answers": {"seed": 0, "correct": pack_counts(r.tolist())}}
+             for r, mean in zip(right, (a, b))]  # fmt: skip
     rho = torch.corrcoef(torch.stack([a, b]))[0, 1]
     (s_a, s_b), gap = (x.std(correction=0) for x in (a, b)), (a - b).mean().item()
     half = 1.96 * ((s_a**2 + s_b**2 - 2 * rho * s_a * s_b) / 300).sqrt().item()
