@@ -168,3 +168,10 @@ def test_images_that_are_divided_by_255_already_are_refused():
     images.images = images.images / 255
     with pytest.raises(ValueError, match="uint8, 0 to 255, not torch.float32; pass other numbers as features"):
         PartitionTasks(images)
+
+
+@pytest.mark.parametrize("numbers", [(0, 2, 1, 1), (1, 0, 1, 1), (1, 2, 0, 1), (1, 2, 1, 0)])
+def test_an_episode_needs_one_or_more_of_each(numbers):
+    images = ImageSet(torch.zeros(8, 1, 2, 2, dtype=torch.uint8), torch.arange(8) // 4, ["a", "b"], [], "x", "train")
+    with pytest.raises(ValueError, match="use 1 or more of each"):
+        PartitionTasks(images).sample(*numbers, torch.Generator())

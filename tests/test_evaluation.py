@@ -8,7 +8,7 @@ from test_training import source
 
 from umeta_core.data import ImageSet
 from umeta_core.episodes import Episodes, PartitionTasks
-from umeta_core.evaluation import evaluate, evaluate_curve, in_chunks, interval, sample_blocks
+from umeta_core.evaluation import evaluate, evaluate_curve, evaluating, in_chunks, interval, sample_blocks
 from umeta_core.maml import MAML
 from umeta_core.networks import Conv4
 from umeta_core.protonets import ProtoNet
@@ -108,3 +108,18 @@ def test_images_that_were_embedded_before_get_the_same_answers():
 def test_a_block_knows_the_number_of_its_first_task():
     """By which a learner that samples gives each task noise of its own."""
     assert [block.first for block in sample_blocks(source(), 50, 3, 1, 2, seed=0)] == [0, 20, 40]
+
+
+def test_a_learner_that_diverges_is_no_learner_at_chance():
+    """The largest of logits that are NaN is the first: accuracy would be exactly chance, without any spread."""
+    learner = SimpleNamespace(predict=lambda e: torch.full((len(e), 9, 3), torch.nan))
+    with pytest.raises(ArithmeticError, match="logits are NaN.*lower its inner rate"):
+        evaluate(learner, source(), way=3, shot=1, query=3, tasks=4)
+
+
+def test_evaluation_mode_ends_with_an_error():
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(KeyError), evaluating(module):
+        assert not module.training
+        raise KeyError
+    assert module.training

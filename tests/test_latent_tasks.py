@@ -6,7 +6,7 @@ from torch import nn
 
 from umeta_core.augmentation import AugmentedTasks, auto_augment, shift, umtra_drawings, zero_out
 from umeta_core.data import ImageSet
-from umeta_core.generators import MSGAN, VAE
+from umeta_core.generators import MSGAN, VAE, mode_seeking
 from umeta_core.latent_tasks import LatentTasks, in_class
 from umeta_core.maml import MAML
 from umeta_core.networks import MLP, Conv4
@@ -367,3 +367,10 @@ def test_bad_options_are_refused():
         AugmentedTasks(data).sample(2, 5, 5, 5, seeded())
     with pytest.raises(ValueError, match="41-way tasks need 41 images"):
         AugmentedTasks(data).sample(2, 41, 1, 5, seeded())
+
+
+def test_an_unknown_policy_or_ratio_is_not_taken_for_another():
+    with pytest.raises(ValueError, match="policy='ocean' is not known"):
+        in_class(torch.zeros(1, 2, 4), 3, "ocean", 0.5, torch.Generator())
+    with pytest.raises(ValueError, match="ratio='realesed' is not known"):
+        mode_seeking(*torch.rand(4, 2, 3), "realesed")

@@ -324,3 +324,14 @@ def test_a_step_that_is_not_a_number_shrinks_the_weights_and_leaves_the_rates():
     model.prepare_gradients(torch.tensor(torch.nan))
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, torch.zeros_like(p) if name == "rates" else 1e-4 * p.detach())
+
+
+def test_numbers_that_have_no_meaning_are_refused():
+    batch = RegressionTasks(noise=0.0).sample(2, 0, 5, 3, generator())
+    with pytest.raises(ValueError, match="without noise the posterior is a point"):
+        ExactPosterior(batch, 0.0)
+    model = learner()
+    for steps in (-1, model.inner_steps + 1):
+        with pytest.raises(ValueError, match=f"adapts in 0 to {model.inner_steps} steps"):
+            model.predict(batch, batch.query_x, 2, generator(), steps=steps)
+    assert model.loss(batch)[1].tolist() == [0.0, 0.0]  # a regression has no accuracy

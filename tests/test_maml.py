@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from umeta_core.checks import ascending
 from umeta_core.episodes import Episodes
 from umeta_core.losses import cross_entropy
 from umeta_core.maml import MAML
@@ -346,3 +347,20 @@ def test_truncated_normals_are_those_of_pytorch_2_12(dtype):
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12):
         torch.nn.init.trunc_normal_(theirs, 0, 0.3, -0.6, 0.6, generator=torch.Generator().manual_seed(5))
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("at", [[], [2, 1], [1, 1], [-1, 2]])
+def test_numbers_of_steps_ascend(at):
+    with pytest.raises(ValueError, match="are not ascending; name each once, in order"):
+        ascending(at)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.repeat(1, 1, 1, 3, 1, 1), lambda x: x[..., :8, :8],
+                                    lambda x: (255 * x).byte()])  # fmt: skip
+def test_images_that_the_network_was_not_made_for_are_named(change):
+    e = episodes(tasks=2)
+    wrong = Episodes(change(e.support), change(e.query))
+    maml = MAML(network(), 0.1, 1, 1)
+    for f in (maml.loss, maml.loss_reference, maml.predict):
+        with pytest.raises(ValueError, match=r"the network takes float images .* build Conv4\(channels, size\)"):
+            f(wrong)

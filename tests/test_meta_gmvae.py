@@ -21,7 +21,8 @@ from umeta_core.meta_gmvae import (
     UnlabeledSets,
     sides,
 )  # fmt: skip
-from umeta_core.training import NonFiniteLoss, noise_of_call, train
+from umeta_core.noise import noise_of_call
+from umeta_core.training import NonFiniteLoss, train
 
 NORMAL = torch.distributions.Normal
 

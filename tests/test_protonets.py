@@ -126,3 +126,8 @@ def test_a_network_of_vectors_is_used_in_the_test_as_in_training():
     z = torch.tensor([1.0, 3.0]) * torch.cat([xs, xq], 1)
     assert torch.equal(model.predict(e), model._logits(z, e))
     assert not torch.equal(model.predict(e), model.predict_embedded(e))
+
+
+def test_a_network_with_a_head_is_refused():
+    with pytest.raises(ValueError, match="give the network no head"):
+        ProtoNet(Conv4(1, 28, 8, way=5))

@@ -272,7 +272,16 @@ if os.environ["RANK"] == "0":
 """
 
 
-def test_two_processes_are_one(glyphs, tmp_path):
+@pytest.fixture
+def one_thread():
+    """As the processes that are compared have; two threads add in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_processes_are_one(glyphs, tmp_path, one_thread):
     """Two gloo ranks, each with its own networks (2 and 1 of three), have the gradients of one process on all tasks."""
     (tmp_path / "run.py").write_text(SCRIPT)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}

@@ -399,3 +399,9 @@ def test_the_first_of_equals_is_the_best():
     train(model, source(), steps=4, keep_best=True, validate_every=2, **TASK,
           validate=lambda m: seen.append(copy.deepcopy(m.state_dict())) or 1.0)  # fmt: skip
     assert all(torch.equal(v, seen[0][k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", [{"tasks": 0}, {"log_every": 0}])
+def test_numbers_below_one_are_refused(wrong):
+    with pytest.raises(ValueError, match="both must be at least 1"):
+        train(learner(), source(), steps=1, **(TASK | wrong))

@@ -161,6 +161,8 @@ def load(name, split="train", *, path=None, size=None, protocol=None, device="cp
         raise ValueError(f"{name} has no protocols (only omniglot has): leave protocol out")
     if part not in ("identity", "aligned", "both"):
         raise ValueError(f"unknown part {part!r} of celeba: choose from identity, aligned, both")
+    if part != "both" and name != "celeba":
+        raise ValueError(f"{name} has no parts (only celeba has): leave part out")
     if name == "imagenet" and size not in (None, 224):
         raise ValueError(f"imagenet is read from a file of 224x224 images and not resized to {size}: leave size out")
     size = size or about.size
@@ -339,7 +341,7 @@ def official(name, split):
 
 
 def datasets():
-    """One dict for each data set: name, what, found (folder, "built in", or None), layout, license."""
+    """`info` of each data set."""
     return [info(name) for name in ABOUT]
 
 

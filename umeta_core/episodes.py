@@ -64,7 +64,8 @@ def sample_without_replacement(counts: Tensor, r: int, generator: torch.Generato
     """For every entry m of `counts` ``[...]``, r different numbers of 0..m-1 in random order: ``[..., r]``. (eq-floyd)
 
     Floyd's algorithm (Bentley & Floyd, 1987): draw i is uniform on 0..m-r+i and, if taken already, becomes m-r+i.
-    It needs r draws whatever m is, so a source with clusters of 10 and of 10,000 members costs the same.
+    It needs r draws whatever m is, so a source with clusters of 10 and of 10,000 members costs the same. Every m must
+    be at least r: the caller sees to it, as looking would make a GPU wait.
     """
     draws = torch.rand(*counts.shape, r, generator=generator, device=counts.device, dtype=torch.float64)
     last = counts.unsqueeze(-1) - r + torch.arange(r, device=counts.device)
@@ -133,8 +134,10 @@ class PartitionTasks:
         """Draw `tasks` N-way K-shot episodes with Q queries per class.
 
         Raises:
-            ValueError: a partition has fewer than `way` classes of at least shot + query images.
+            ValueError: a partition has fewer than `way` classes of at least shot + query images; a number below 1.
         """
+        if min(tasks, way, shot, query) < 1:
+            raise ValueError(f"{tasks} tasks of {way} classes with {shot} + {query} images; use 1 or more of each")
         r = shot + query
         classes, count = self.usable(r)
         if self._least[r] < way:

@@ -74,6 +74,7 @@ def evaluate(
 
     Raises:
         ValueError: way, shot, query or tasks below 1.
+        ArithmeticError: a logit is NaN.
     """
     task = {"way": way, "shot": shot, "query": query, "tasks": tasks, "seed": seed}
     (correct,) = _correct(learner, lambda e: learner.predict(e).unsqueeze(0), source, max_images, **task)
@@ -92,7 +93,10 @@ def evaluate_curve(
     seed: int = 0,
     max_images: int = 2000,
 ) -> list[Evaluation]:
-    """As `evaluate`, after each number of adaptation steps in `at`, which ascend, on the same tasks."""
+    """As `evaluate`, after each number of adaptation steps in `at`, on the same tasks.
+
+    Raises what `evaluate` does, and ValueError if `at` is empty or not ascending.
+    """
     task = {"way": way, "shot": shot, "query": query, "tasks": tasks, "seed": seed}
     correct = _correct(learner, lambda e: learner.predict_curve(e, at), source, max_images, **task)
     return [Evaluation(a) for a in correct]
@@ -101,16 +105,18 @@ def evaluate_curve(
 def _correct(learner, predict, source, max_images: int, *, tasks: int, way: int, shot: int, query: int, seed: int):
     """Accuracies ``[points, tasks]`` where `predict` gives the logits ``[points, T, N*Q, N]`` of T episodes."""
     blocks, found = sample_blocks(source, tasks, way, shot, query, seed, _device(source)), []
-    with _testing(learner):
+    with evaluating(learner):
         for episodes in _progress(blocks, tasks):
             points = in_chunks(predict, episodes, max_images)
+            if points.isnan().any():  # whose argmax would be class 0, so that the mean would be chance
+                raise ArithmeticError("the learner's logits are NaN: its adaptation diverged; lower its inner rate")
             found.append(torch.stack([accuracy(logits, episodes.labels).cpu() for logits in points]))
     return torch.cat(found, 1)
 
 
 @contextmanager
-def _testing(learner):
-    """A module in evaluation mode, which it then leaves if it was not in it."""
+def evaluating(learner):
+    """A module in evaluation mode, which it then leaves, also after an error, if it was not in it."""
     was = getattr(learner, "training", False)
     if was:
         learner.eval()

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import one_of
 from .embeddings.base import Embedding
+from .evaluation import evaluating
 from .networks import glorot_uniform
 
 # Layers of a VAE, (filters, kernel, stride): encoder, then decoder, which starts with 64 maps. By size of the images.
@@ -54,10 +56,8 @@ class Generator(Embedding):
         """
         if z.dim() != 2 or z.shape[1] != self.latent:
             raise ValueError(f"z of shape {tuple(z.shape)}, but this generator takes [n, {self.latent}]")
-        was = self.training
-        self.eval()
-        images = torch.cat([self.decode(part) for part in z.split(chunk)])
-        self.train(was)
+        with evaluating(self):
+            images = torch.cat([self.decode(part) for part in z.split(chunk)])
         return images
 
     def prior(self, n: int, generator: torch.Generator) -> Tensor:
@@ -289,6 +289,7 @@ def mode_seeking(x1: Tensor, x2: Tensor, z1: Tensor, z2: Tensor, ratio: str = "o
     x1, x2: images ``[n, C, H, W]``; z1, z2: latents ``[n, latent]``. Distances are means of absolute differences, over
     the whole batch ("original") or per pair, whose ratios are averaged ("released", LASIUM's code). (eq-mode-seeking)
     """
+    one_of("ratio", ratio, ("released", "original"))
     images, latents = (x1 - x2).abs().flatten(1).mean(1), (z1 - z2).abs().mean(1)
     apart = (images / latents).mean() if ratio == "released" else images.mean() / latents.mean()
     return 1 / (apart + 1e-5)

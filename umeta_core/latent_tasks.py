@@ -36,6 +36,7 @@ def in_class(
         sphere: latents are unit vectors (ProGAN; reference code).
         redrawn: ``[T, N, count, L]``, the anchors as OC's samples see them, if not all the same (VAE; reference code).
     """
+    one_of("policy", policy, POLICIES)
     tasks, way, width = z.shape
     shape = (tasks, way, count, width)
     anchor = z.unsqueeze(2).expand(shape)

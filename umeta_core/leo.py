@@ -15,8 +15,7 @@ from .episodes import Episodes
 from .fast_leo import QueryLoss
 from .losses import accuracy, cross_entropy
 from .networks import glorot_uniform
-from .noise import CountedNoise
-from .training import noise_of_call
+from .noise import CountedNoise, noise_of_tasks
 
 
 @dataclass
@@ -193,16 +192,9 @@ class LEO(CountedNoise, nn.Module):
         if not self.stochastic or noise is None and self.prior != "random at test":
             return Adaptation([mean if mean.requires_grad else mean.requires_grad_()], [], None, None)
         like = mean.expand(-1, -1, shot if self.copies else 1, -1)
-        epsilon = self._test_noise(like, first) if noise is None else _normal(like, noise)
+        epsilon = noise_of_tasks(like, self.seed, first) if noise is None else _normal(like, noise)
         z = mean + sigma * epsilon
         return Adaptation([z if z.requires_grad else z.requires_grad_()], [], sigma, epsilon)
-
-    def _test_noise(self, like: Tensor, first: int) -> Tensor:
-        """Standard normal noise like ``[T, ...]`` for tasks number `first` and on; it depends on a task's number alone,
-        so not on how many are handled at once."""
-        return torch.stack(
-            [_normal(task, noise_of_call(like.device, self.seed, first + t)) for t, task in enumerate(like)]
-        )
 
     # Learner -----------------------------------------------------------------------------------------------------
 

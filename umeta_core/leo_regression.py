@@ -217,7 +217,7 @@ class LEORegression(nn.Module):
         return codes, weights
 
     def loss(self, batch: Regression, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
-        """Meta-loss ``[T]``, differentiable, and the query error before adaptation ``[T]``.
+        """Meta-loss ``[T]``, differentiable, and zeros ``[T]``: there is no accuracy.
 
         The meta-loss is the mean squared error of the noisy queries after adaptation, plus the KL term, the encoder
         penalty and the regularizers (LEO, Eq. 6). Without `noise` it is drawn from the batch's generator.
@@ -229,9 +229,7 @@ class LEORegression(nn.Module):
         kl = (start.square() / 2 - noise.code.square() / 2 - std.log()).mean(1)
         penalty = (codes[-1].detach() - start).square().mean(1)
         losses = squared_error(weights[-1], batch.query_x, batch.query_y) + self.beta * kl + self.gamma * penalty
-        with torch.no_grad():
-            before = squared_error(weights[0], batch.query_x, batch.query_y)
-        return losses + self.regularizer(), before
+        return losses + self.regularizer(), torch.zeros_like(kl)
 
     def regularizer(self) -> Tensor:
         """``lambda_1 / 2 * sum of squares + lambda_2 * orthogonality``, the rates left out (LEO, Eq. 7)."""
@@ -254,11 +252,13 @@ class LEORegression(nn.Module):
         """Functions sampled for each task, at x ``[n]`` or ``[T, n]``: ``[samples, T, n]``.
 
         Every sample has a code, weights and an adaptation of its own. `steps` latent steps are taken (None: as many as
-        in training; 0: what the decoder says before adaptation).
+        in training; 0: what the decoder says before adaptation). ValueError: fewer or more than these.
         """
         x = x.expand(len(batch), -1)
         inputs = [v.repeat(samples, 1).split(CHUNK) for v in (batch.support_x, batch.support_y, x)]
         steps = self.inner_steps if steps is None else steps
+        if not 0 <= steps <= self.inner_steps:
+            raise ValueError(f"steps={steps}: this learner adapts in 0 to {self.inner_steps} steps")
         curves = [self._predict(*chunk, generator, steps) for chunk in zip(*inputs)]
         return torch.cat(curves).view(samples, *x.shape)
 
@@ -345,6 +345,8 @@ class ExactPosterior:
     """
 
     def __init__(self, batch: Regression, noise: float = 0.3, grid: int = 128):
+        if noise <= 0:
+            raise ValueError(f"noise={noise}: without noise the posterior is a point; use a number above 0")
         x, y = batch.support_x.double(), batch.support_y.double()
         u = (torch.arange(grid, device=x.device, dtype=x.dtype) + 0.5) / grid
         u = torch.cartesian_prod(u, u)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import one_of
+from .checks import ascending, one_of
 from .episodes import Episodes
 from .fast_conv4 import Head, PatchMoments, TaskNets, to_groups
 from .losses import accuracy, cross_entropy
@@ -58,7 +58,9 @@ class MAML(nn.Module):
     queries of a task share them, so predictions are transductive (reference code, not in the paper).
 
     Args:
-        network: `Conv4` or `MLP` with a head. Tasks of fewer ways use the head's first outputs (CACTUs, App. E.1).
+        network: `Conv4`, `MLP`, `LinearHead` or `resnet.ResNet` with a head: it has `way`, `tensors(way)`, the masks
+            `norm_mask()` and `head_mask()` of these, and ``forward_tasks(params, x [T, n, ...]) -> [T, n, N]``. Tasks
+            of fewer ways use the head's first outputs (CACTUs, App. E.1).
         inner_lr: step size of adaptation; inner_steps: steps in training; test_steps: steps in `predict`.
         inner_loss: "sum" over the support set divided by K, which is N times the mean (reference code, not in the
             paper: the published numbers were made with it), or "mean".
@@ -151,8 +153,7 @@ class MAML(nn.Module):
 
         ValueError: `at` is empty or not ascending.
         """
-        if not at or any(a >= b for a, b in zip(at, at[1:])):
-            raise ValueError(f"steps {at} are not ascending; name each once, in order")
+        ascending(at)
         rates = self._rates(episodes.way)
         start = self.network.tensors(episodes.way)
         if not isinstance(self.network, Conv4):
@@ -195,6 +196,7 @@ class _InnerLoop:
         self.maml, self.tasks, self.way = maml, episodes.tasks, episodes.way
         self.geometry = dataclasses.replace(net.geometry, tasks=self.tasks)
         xs, ys, xq, yq = episodes.flat()
+        net.check_images(xs)
         self.xs, self.xq = to_groups(xs), to_groups(xq)
         self.ys, self.yq = (F.one_hot(y, self.way).to(xs.dtype) for y in (ys, yq))
         self.weight = maml._weight(episodes)

@@ -17,10 +17,10 @@ from .checks import one_of
 from .data import ImageSet, as_floats
 from .em import Mixture, em, labeled_start, random_start
 from .episodes import Episodes
+from .evaluation import evaluating
 from .fast_conv4 import Geometry, batch_statistics, channels_last, conv_block
 from .losses import check_equal_weights
-from .noise import CountedNoise
-from .training import noise_of_call
+from .noise import CountedNoise, noise_of_tasks
 
 LOG_2PI = math.log(2 * math.pi)
 CACHE = 1 << 18  # numbers of a map that are handled at a time on a CPU
@@ -426,15 +426,12 @@ class MetaGMVAE(CountedNoise, nn.Module):
     @torch.no_grad()
     def predict(self, episodes: Episodes) -> Tensor:
         """log p(y | x, D) of the queries, ``[T, N*Q, N]``, by semi-supervised EM; batch norm on running averages."""
-        was = self.training
-        self.eval()
         xs, y, xq, _ = episodes.flat()
-        h = self.features(torch.cat([xs, xq], 1))
-        support, query = h.split([xs.shape[1], xq.shape[1]], 1)
-        classify = self.classify if self.inference == "transductive" else self._classify_alone
-        logits = classify(support, y, query, episodes.way, self.test_noise(h, episodes.first))
-        self.train(was)
-        return logits
+        with evaluating(self):
+            h = self.features(torch.cat([xs, xq], 1))
+            support, query = h.split([xs.shape[1], xq.shape[1]], 1)
+            classify = self.classify if self.inference == "transductive" else self._classify_alone
+            return classify(support, y, query, episodes.way, self.test_noise(h, episodes.first))
 
     def classify(self, support: Tensor, y: Tensor, query: Tensor, way: int, epsilon: Tensor | None = None) -> Tensor:
         """log of the mean of p(y | z) over a query's samples, ``[S, q, K]`` (eq. 11).
@@ -480,8 +477,7 @@ class MetaGMVAE(CountedNoise, nn.Module):
         It depends on a task's number alone: were it the same for all tasks, no interval over tasks would contain it.
         """
         shape = (h.shape[1], self.test_samples, self.latent)
-        noise = (noise_of_call(h.device, self.seed, number) for number in range(first, first + len(h)))
-        return torch.stack([torch.randn(shape, generator=g, device=h.device, dtype=h.dtype) for g in noise])
+        return noise_of_tasks(h.new_empty((len(h), *shape)), self.seed, first)
 
 
 def _check_switches(covariance: str, e_step: str, inference: str, reduce: str) -> None:

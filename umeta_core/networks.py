@@ -118,6 +118,14 @@ class Conv4(nn.Module):
         """For each of `tensors()`: does it belong to the head?"""
         return [False] * (3 * self.blocks) + [True] * (0 if self.way is None else 2)
 
+    def check_images(self, x: Tensor) -> None:
+        """ValueError: ``[..., C, H, W]`` are no float images of its channels and, if it has a head, of its size."""
+        channels, *size = x.shape[-3:]
+        sized = self.way is None or self.average or size == [self.size, self.size]
+        if channels != self.channels or not sized or not x.is_floating_point():
+            raise ValueError(f"the network takes float images {(self.channels, self.size, self.size)}, these are "
+                             f"{x.dtype} {tuple(x.shape[-3:])}; build Conv4(channels, size) for them")  # fmt: skip
+
     def embed(self, x: Tensor, stats: str = "batch", update: bool = False, momentum=0.1) -> Tensor:
         """Features ``[n, d]`` of images ``[n, C, H, W]`` with the shared weights.
 
@@ -126,6 +134,7 @@ class Conv4(nn.Module):
         averages.
         """
         one_of("stats", stats, ("batch", "running"))
+        self.check_images(x)
         if stats == "running":
             return self._embed_running(x)
         x = channels_last(x)
@@ -161,6 +170,7 @@ class Conv4(nn.Module):
 
         `update` adds the statistics, averaged over tasks, to the averages that `embed` uses.
         """
+        self.check_images(x)
         tasks, n = x.shape[:2]
         geometry = Geometry(tasks, self.geometry.stride, self.geometry.padding, self.geometry.pool, self.geometry.eps)
         x = to_groups(x)

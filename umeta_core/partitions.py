@@ -415,9 +415,9 @@ def hyperplane_partitions(
     """P partitions of embeddings ``[n, d]`` into the cells of H = ceil(log2 way) random hyperplanes (CACTUs, App. C).
 
     Points within the margin of a plane and cells with fewer than `least` = R points become -1; a partition needs
-    `way` cells. The hyperplanes come from a pool of 1000, each with at least 10 R points beyond the margin on either
-    side; normals are U(-1, 1)^d, points on the plane U(-spread, spread)^d (reference code, not in the paper; there
-    spread is 0 for whitened embeddings such as DeepCluster's).
+    `way` cells. The hyperplanes come from a pool of `planes`, each with at least 10 R points beyond the margin on
+    either side; normals are U(-1, 1)^d, points on the plane U(-spread, spread)^d (reference code, not in the paper;
+    there spread is 0 for whitened embeddings such as DeepCluster's).
 
     Args:
         margin: in units of z (CACTUs, Omniglot: 0 and 1.2 for ACAI, 0 and 0.5 for BiGAN).

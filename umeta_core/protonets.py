@@ -38,12 +38,17 @@ class ProtoNet(nn.Module):
         apart: support and queries of a task are each normalized with their own statistics, in `loss` and in `predict`,
             where "inductive" then holds for the queries only (LASIUM; reference code: transductive on Omniglot,
             inductive on photographs).
+
+    Raises:
+        ValueError: an unknown option, or a network with a head, which nothing would train.
     """
 
     def __init__(self, network: nn.Module, *, distance="sum", batch_norm="inductive", apart=False):
         super().__init__()
         one_of("distance", distance, ("sum", "mean"))
         one_of("batch_norm", batch_norm, ("inductive", "transductive"))
+        if getattr(network, "way", None) is not None:
+            raise ValueError("ProtoNet compares features: give the network no head (way=None)")
         self.network, self.distance, self.batch_norm, self.apart = network, distance, batch_norm, apart
 
     def _logits(self, z: Tensor, episodes: Episodes) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .checks import ascending
 from .episodes import Episodes
 from .learned_rule import EMBEDDING, Phi, run_network
 from .losses import accuracy, cross_entropy
@@ -34,6 +35,7 @@ def vae_path(task: Trial, at: tuple[int, ...], width: int = 128, lr: float = 1e-
     def mean_and_log_std(layers: Phi, head, x):
         return (run_network(layers, x)[0][-1] @ head[0] + head[1][:, None]).chunk(2, -1)
 
+    ascending(at)
     done = 0
     for steps in at:
         loss = torch.full((tasks,), float("nan"), device=task.x.device)

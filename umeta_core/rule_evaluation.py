@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import ascending
 from .data import ImageSet
 from .episodes import PartitionTasks
 from .learned_rule import EMBEDDING, Phi, UpdateRule, meta_objective, ridge_readout, run_network
@@ -78,6 +79,7 @@ def rule_curve(rule: UpdateRule, task: Trial, at: tuple[int, ...], batch: int = 
 @torch.no_grad()
 def rule_path(rule: UpdateRule, task: Trial, at: tuple[int, ...], batch: int = 32, activation="relu"):
     """Yields (phi, accuracy ``[T]``) after each number of steps in `at`, ascending."""
+    ascending(at)
     generator = torch.Generator(device=task.x.device).manual_seed(task.seed + 1)
     phi, done = task.phi, 0
     for steps in at:

@@ -21,7 +21,7 @@ from . import shared_fits
 from .data import COUNTS, ImageSet, load
 from .embeddings.base import Embedding, read
 from .embeddings.deepcluster import pca_whitening
-from .packs import alone, cache_folder, save_tensors
+from .packs import alone, cache_folder, load_tensors, save_tensors
 from .pickles import read_embeddings
 from .readers import MINI_IMAGENET
 from .rows import EMBEDDINGS, EmbeddingPlan, Row, embedding_plan
@@ -370,7 +370,7 @@ def make_partitions(row: Row, scale: str, seed: int, device="cpu", folder=None) 
         if not path.exists():
             made = _partitions(row, scale, k, many, least, z, generator).cpu()
             save_tensors({"partitions": made, "images": fingerprint(images_of(row, "train")), **mark}, path)
-    stored = read(path)
+    stored = load_tensors(path, "partitions file")
     if "partitions" not in stored:
         raise ValueError(f"{path} holds no partitions; delete it to cluster again")
     if "images" in stored:
@@ -428,6 +428,6 @@ def centroids(row: Row, scale: str, device="cpu", folder=None) -> Tensor:
             restarts = 10 if scale == "full" else 1
             made = parts.kmeans(z, k, torch.Generator(device=device).manual_seed(0), restarts=restarts).centroids
             save_tensors({"centroids": made.cpu(), **mark}, path)
-    stored = read(path)
+    stored = load_tensors(path, "centroids file")
     _check_vectors(path, stored, mark)
     return stored["centroids"].to(device)

@@ -18,15 +18,7 @@ from .episodes import Episodes
 from .packs import load_tensors, save_tensors
 from .results import provenance
 from .snapshots import clear, take
-from .speed import rank, world
-
-
-def noise_of_call(device, seed: int, call: int) -> torch.Generator:
-    """A generator for the noise of a learner's `call`-th loss, other for each seed and each process of several.
-
-    All of it is mixed into 32 bits: that is all of a seed that PyTorch's generator on a CPU looks at.
-    """
-    return torch.Generator(device).manual_seed(((seed * 1009 + rank()) * 1_000_003 + call) % 2**32)
+from .speed import world
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -91,9 +83,11 @@ def train(
         NonFiniteLoss: the loss is not finite; nothing is written from then on.
         ValueError: the checkpoint belongs to another run (the message names the fields that differ), is beyond `steps`,
             did not keep the best weights that are asked for, or has the random numbers of another kind of device; fewer
-            tasks than processes; snapshots or `validate` without `validate_every`, `keep_best` or `patience` without
-            `validate`.
+            tasks than processes; `tasks` or `log_every` below 1; snapshots or `validate` without `validate_every`,
+            `keep_best` or `patience` without `validate`.
     """
+    if min(tasks, log_every) < 1:
+        raise ValueError(f"tasks={tasks}, log_every={log_every}: both must be at least 1")
     if (snapshots or validate) and not validate_every:
         raise ValueError("validations and snapshots come every `validate_every` steps; say how many")
     if (keep_best or patience) and not validate:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import as_floats
+from ..evaluation import evaluating
 from ..packs import load_tensors, save_tensors
 from ..results import provenance
 from ..training import NonFiniteLoss
@@ -84,11 +85,8 @@ class Embedding(nn.Module):
         Raises ValueError for images of another type, or of another shape than those it was made for.
         """
         self.check_images(images)
-        was = self.training
-        self.eval()
-        z = torch.cat([self.encode(as_floats(x)).float() for x in images.split(chunk)])
-        self.train(was)
-        return z
+        with evaluating(self):
+            return torch.cat([self.encode(as_floats(x)).float() for x in images.split(chunk)])
 
     def check_images(self, images: Tensor) -> None:
         """ValueError: images of another type than uint8, or of another shape than the embedding takes."""

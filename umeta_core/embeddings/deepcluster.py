@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import one_of
 from ..data import as_floats
+from ..evaluation import evaluating
 from ..packs import save_tensors
 from .base import Embedding, read
 
@@ -151,11 +152,8 @@ class DeepCluster(Embedding):
 
     @torch.no_grad()
     def _all_features(self, images: Tensor, chunk: int = 250) -> Tensor:
-        was = self.training
-        self.eval()
-        z = torch.cat([self.features(self._center(as_floats(x))) for x in images.split(chunk)])
-        self.train(was)
-        return z
+        with evaluating(self):
+            return torch.cat([self.features(self._center(as_floats(x))) for x in images.split(chunk)])
 
     def _whitened(self, images: Tensor) -> Tensor:
         """New statistics from these images, and their embeddings."""

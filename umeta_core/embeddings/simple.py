@@ -29,7 +29,9 @@ class PCAPixels(Embedding):
         self.register_buffer("mean", torch.zeros(pixels))
         self.register_buffer("projection", torch.zeros(pixels, d))
 
-    def fit(self, images: Tensor, *, epochs=1, seed=0, checkpoint=None, progress=True, **ignored) -> dict:
+    def fit(
+        self, images: Tensor, *, epochs=1, batch=128, seed=0, checkpoint=None, save_every=120.0, progress=True
+    ) -> dict:
         """Closed form, on at most 50,000 of the uint8 images ``[n, C, H, W]``; `epochs` plays no role.
 
         A `checkpoint` that exists is read instead.
@@ -67,7 +69,9 @@ class RandomNetwork(Embedding):
         self.network = Conv4(channels, size, filters=filters, downsample="stride", generator=generator)
         self.d, self.takes = self.network.features, (channels, size, size)
 
-    def fit(self, images: Tensor, *, epochs=1, seed=0, checkpoint=None, progress=True, **ignored) -> dict:
+    def fit(
+        self, images: Tensor, *, epochs=1, batch=128, seed=0, checkpoint=None, save_every=120.0, progress=True
+    ) -> dict:
         """At most 2,000 images for the statistics of batch norm; no weight moves. A `checkpoint` there is read."""
         self.check_images(images)
         if checkpoint and Path(checkpoint).is_file():
