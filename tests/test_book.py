@@ -150,3 +150,17 @@ def test_the_browser_checks_find_faults(tmp_path):
     assert "wider than the screen" in faults and "not drawn" in faults and "asks for http://cdn.example" in faults
     assert "formula is wider" not in faults  # it scrolls on a phone
     assert "formula is wider than the page: eq-a" in "\n".join(check_site.open_page(page, "light", 1200, axe=None))
+
+
+@pytest.mark.parametrize("html", [
+    '<iframe src="https://far.example/a"></iframe>', '<video src="//far.example/a"></video>',
+    '<audio src="https://far.example/a"></audio>', '<source src="https://far.example/a">',
+    '<link rel="stylesheet" href="https://far.example/a.css">', '<link rel="preconnect" href="https://far.example">',
+    '<link rel="stylesheet" href="own.css">',
+])  # fmt: skip
+def test_whatever_a_browser_fetches_from_outside_is_found(tmp_path, html):
+    (tmp_path / "own.css").write_text('@import "https://far.example/b.css"; a { background: url(own.png) }')
+    page = tmp_path / "page.html"
+    page.write_text(f'{html}<img src="own.png" alt="a"><a href="https://far.example">a</a>')
+    (address,) = check_site.outside_requests(page)
+    assert "//far.example" in address

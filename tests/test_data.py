@@ -860,3 +860,21 @@ def test_a_pack_whose_offsets_do_not_fit_is_refused(tmp_path):
     packs.write_archive(tmp_path / "a.npz", jpeg_header=header, jpeg_data=np.append(rest, rest[:9]), offsets=offsets)
     with pytest.raises(ValueError, match="offsets do not fit its data"):
         packs.decode_pack(tmp_path / "a.npz", 84)
+
+
+def test_classes_of_joined_splits_stay_apart():
+    parts = [data.load("glyphs", split) for split in ("train", "val")]
+    both = data.join(parts)
+    for images, first in zip(parts, (0, parts[0].n_classes)):
+        chosen = both.labels == first + 3
+        assert torch.equal(both.images[chosen], images.images[images.labels == 3])
+        assert both.class_names[first + 3] == images.class_names[3]
+    assert both.labels.unique().tolist() == list(range(both.n_classes))
+
+
+def test_official_splits_are_parts_of_the_whole():
+    assert sum(data.CELEBA.values()) == data.COUNTS["celeba"]["all"][1]
+    for name in ("mnist", "fashion_mnist"):
+        assert [data.official(name, split) for split in ("train", "val", "test")] == [55_000, 5_000, 10_000]
+    assert sum(data.official("mini_imagenet", split) for split in ("train", "val", "test")) == 60_000
+    assert sum(data.official("tiered_imagenet", split) for split in ("train", "val", "test")) == 779_165

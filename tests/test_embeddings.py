@@ -264,3 +264,17 @@ def test_convolutional_bigan_sees_pixels_around_zero_and_judges_pairs():
     assert (model.encode(torch.full((2, 1, 28, 28), 0.5)) == 0).all()
     gray = torch.full((2, 1, 16, 16), 0.5)
     assert (model.discriminate(gray, 0 * code) == 0).all() and (model.discriminate(gray, code) != 0).all()
+
+
+@pytest.mark.parametrize("kind, network", [(BiGAN, {"hidden": 8}), (ConvBiGAN, {"width": 4})])
+def test_bigans_move_as_the_authors_do(kind, network):
+    for optimizer in kind(3, 64, 4, **network, generator=seeded()).optimizers():
+        known = [optimizer.defaults[name] for name in ("lr", "betas", "weight_decay")]
+        assert known == [2e-4, (0.5, 0.999), 2.5e-5]
+
+
+def test_components_are_those_of_all_images():
+    images = pictures(1000, size=8)
+    model = PCAPixels(1, 8, 4)
+    model.fit(images)
+    torch.testing.assert_close(model.mean, images.flatten(1).float().mean(0) / 255)

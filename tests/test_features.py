@@ -441,3 +441,9 @@ def test_boxes_lie_anywhere_in_the_image():
     boxes = random_boxes(4000, generator(), area=0.3, aspect=1.0, flip=False)
     place = boxes[:, :2] / (1 - boxes[:, 2:]).clamp_min(1e-6)
     assert (place.mean(0).abs() < 0.05).all() and place.std(0).tolist() == pytest.approx([3**-0.5] * 2, rel=0.05)
+
+
+def test_training_views_and_rates_are_those_of_the_docstring():
+    model = Supervised(3, 84, depth=10, width=1)
+    assert model.augmentation == {"area": 0.35, "aspect": 4 / 3, "color": 0.4, "flip": True}
+    assert model.optimizers()[0].defaults["lr"] == 0.1 and model.optimizers()[0].defaults["weight_decay"] == 5e-4

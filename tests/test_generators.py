@@ -456,3 +456,8 @@ def test_given_generator_says_what_is_wrong():
     assert (returning(flat + 2, clip=True)() == 1).all()
     with pytest.raises(ValueError, match="is no range"):
         returning(flat, output=(1, 0))()
+
+
+def test_the_vae_has_the_rate_of_the_paper():
+    (optimizer,) = VAE(1, 28).optimizers()
+    assert optimizer.defaults["lr"] == 1e-3

@@ -52,3 +52,12 @@ def test_the_models_differ_in_their_switches_alone():
     models = [gmvae_figures.build(3, **gmvae_figures.OPTIONS, **switches) for switches in MODELS.values()]
     for model in models[1:]:
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), models[0].parameters(), strict=True))
+
+
+def test_models_are_trained_on_the_training_scripts(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gmvae_figures, "train",
+                        lambda model, source, **_: seen.append(source.images.split) or {}["stop"])  # fmt: skip
+    with pytest.raises(KeyError):
+        longer(tmp_path, (2,))
+    assert seen == ["train"]

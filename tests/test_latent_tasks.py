@@ -374,3 +374,15 @@ def test_an_unknown_policy_or_ratio_is_not_taken_for_another():
         in_class(torch.zeros(1, 2, 4), 3, "ocean", 0.5, torch.Generator())
     with pytest.raises(ValueError, match="ratio='realesed' is not known"):
         mode_seeking(*torch.rand(4, 2, 3), "realesed")
+
+
+def test_umtra_zeroes_half_of_the_pixels():
+    x = torch.full((2000, 1, 13, 13), 200, dtype=torch.uint8)
+    center = umtra_drawings(x, seeded())[:, :, 6, 6]  # no shift of up to 6 leaves it uncovered
+    assert (center == 0).float().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_photographs_are_augmented_by_the_policy_of_imagenet():
+    pytest.importorskip("torchvision")
+    x = photos(n=12, channels=3, side=20).images
+    assert torch.equal(auto_augment(x, seeded()), auto_augment(x, seeded(), "imagenet"))

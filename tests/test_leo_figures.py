@@ -130,3 +130,23 @@ def test_figures_of_other_rows_are_asked_for_on_the_command_line(what, tmp_path,
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert f"no checkpoint {tmp_path}/leo-5shot-full-seed0.pt; umeta train leo-5shot" in error
+
+
+def test_the_regression_is_trained_at_two_rates(monkeypatch):
+    asked = []
+    monkeypatch.setattr(leo_figures, "train", lambda learner, source, **how: asked.append(how)
+                        or {"step": [], "loss": [], "seconds": 0.0})  # fmt: skip
+    monkeypatch.setattr(leo_figures, "examine", lambda *_: {})
+    leo_figures.regression(seed=3)
+    assert [[how[name] for name in ("steps", "lr", "tasks", "shot", "query", "seed")] for how in asked] == [
+        [40_000, 1e-3, 12, 5, 10, 3], [20_000, 1e-4, 12, 5, 10, 1003]]  # fmt: skip
+
+
+def test_codes_are_of_the_validation_classes(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(leo_figures, "trained", lambda *_, **__: (None, 0))
+    monkeypatch.setattr(leo_figures, "testing_tasks",
+                        lambda row, scale, split, **_: asked.append((row, split)) or {}["stop"])  # fmt: skip
+    with pytest.raises(KeyError):
+        leo_figures.codes(tmp_path, tmp_path)
+    assert asked == [(find_row("leo-1shot-small"), "val")]

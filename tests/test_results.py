@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from umeta_core import packs, results
+from umeta_core.experiments import plain
 from umeta_core.results import (
     compare,
     difference,
@@ -374,3 +375,28 @@ def test_two_seeds_have_no_spread_that_could_excuse_a_difference(tmp_path):
         write_record(record(seed=seed, accuracy=accuracy, ci95=0.3), tmp_path)
     row = number(tmp_path)
     assert (row["spread"], row["verdict"]) == (None, "lower")
+
+
+@pytest.mark.parametrize("paper", ["cactus", "lasium", "leo", "meta_gmvae"])
+def test_records_were_made_with_what_their_rows_say(paper):
+    """A row may not change under its records: no switch, length, test, or setting of its embedding."""
+    for found in read_records(paper, results.REPOSITORY / "results"):
+        row, scale, name = find_row(found["row"]).configuration(found["seed"]), found["scale"], found["file"]
+        now, then = json.loads(json.dumps(plain(row.protocol()))), found["protocol"]
+        renamed = {"draws", "hidden", "linear"} if row.search else set()  # since the first trials
+        assert {k: now[k] for k in now.keys() - renamed} == {k: then[k] for k in then.keys() - renamed}, name
+        assert (found["paper_steps"], found["tasks_per_step"]) == (row.steps["full"], row.tasks), name
+        assert [(cell["way"], cell["shot"]) for cell in found["cells"]] == list(row.tests), name
+        fit = found.get("embedding_fit", {})
+        if "epochs" in fit:
+            options = json.loads(json.dumps(row.plan.options))
+            assert (fit["epochs"], fit["batch"], fit["options"]) == (row.plan.epochs[scale], row.plan.batch, options)
+
+
+def test_one_seed_on_fewer_tasks_reduces_the_mean(tmp_path):
+    for seed, tasks in enumerate((1000, 200)):
+        made = record(seed=seed)
+        small = made["cells"][0] | {"tasks": tasks}
+        write_record(made | {"cells": [small, made["cells"][0] | {"shot": 5}]}, tmp_path)
+    row = number(tmp_path)
+    assert (row["verdict"], row["tasks"]) == ("reduced budget", (200, 1000))

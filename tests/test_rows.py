@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from umeta_core import experiments, stages
+from umeta_core.attributes import AttributeTasks
+from umeta_core.augmentation import auto_augment, umtra_drawings
 from umeta_core.baselines import NearestMean
 from umeta_core.data import ImageSet, load
 from umeta_core.embeddings.deepcluster import pca_whitening
@@ -14,7 +16,7 @@ from umeta_core.episodes import PartitionTasks
 from umeta_core.evaluation import Evaluation, evaluate
 from umeta_core.experiments import early_stopping, run_row, training_tasks
 from umeta_core.packs import save_tensors
-from umeta_core.rows import find_row
+from umeta_core.rows import EMBEDDINGS, find_row
 from umeta_core.training import read_checkpoint, train
 
 
@@ -177,3 +179,276 @@ def test_selection_is_on_the_validation_classes():
     early_stopping(row, "quick", 0)["validate"](Learner())
     known = {image.numpy().tobytes() for image in load("glyphs", "val").images}
     assert seen and {image.numpy().tobytes() for image in torch.cat(seen)} <= known
+
+
+# The settings that the papers print, or where they are silent their code
+
+
+def test_rows_of_cactus_have_the_networks_and_switches_of_its_code():
+    """Tables 5 and 11, App. E; the scripts of training from scratch."""
+    small = {"filters": 32, "downsample": "stride", "head": "mean", "norm": "shift", "eps": 1e-3, "head_init": "normal"}
+    large = small | {"downsample": "pool", "head": "flatten", "head_init": "glorot"}
+    maml = {"inner_lr": 0.05, "inner_steps": 5, "test_steps": 50, "inner_loss": "sum", "adapt_norm": False}
+    scratch = {"inner_lr": 0.1, "test_steps": 200, "inner_loss": "sum", "adapt_norm": False}
+    for slug, network, options in (
+        ("oracle-maml", small, maml), ("oracle-maml-mnist", small, maml), ("oracle-maml-mini-imagenet", large, maml),
+        ("oracle-maml-celeba", large, maml), ("scratch", small, scratch), ("scratch-mini-imagenet", large, scratch),
+        ("oracle-protonets", {"filters": 64}, {"distance": "sum", "batch_norm": "inductive"}),
+        ("oracle-maml-imagenet", {"residual": True}, maml | {"inner_lr": 1e-3, "test_steps": 100}),
+        ("mlp-bigan", {}, {"stop_on_query": True}),
+    ):  # fmt: skip
+        row = find_row(slug)
+        assert (row.network, row.options) == (network, options), slug
+    row = find_row("cactus-maml-deepcluster-imagenet")
+    assert (row.lr, row.clip, row.tasks, row.way, row.query, row.steps["full"]) == (1e-4, 2.0, 3, 5, 5, 240_000)
+    sizes = {slug: (find_row(slug).clusters, find_row(slug).partitions) for slug in (
+        "random-maml", "pixels-maml", "matching-bigan", "matching-bigan-mnist", "cactus-maml-deepcluster-imagenet",
+        "curve-protonets-k50")}  # fmt: skip
+    assert list(sizes.values()) == [(500, 2400), (500, 1), (500, 0), (10, 0), (10_000, 1), (50, 10)]
+    half, curve = find_row("mixed-half-protonets-1"), find_row("curve-protonets-k50")
+    assert (half.share, half.mix) == (0.01, 0.5) and (curve.query, curve.steps["full"]) == (5, 10_000)
+
+
+def test_rows_of_lasium_have_the_settings_of_its_code():
+    drawings = {"filters": 64, "downsample": "stride", "norm": "shift", "eps": 1e-3}
+    photos = {"filters": 32, "downsample": "pool", "head": "flatten", "norm": "shift", "eps": 1e-3, "padding": 0}
+    maml = {"inner_steps": 5, "test_steps": 50, "inner_loss": "mean", "adapt_norm": True}
+    for place, rate, norm, steps in (
+        ("", 0.4, "transductive", (5000, 8000)), ("-celeba-identity", 0.05, "inductive", (60_000, 15_000)),
+        ("-celeba", 0.05, "transductive", (105_000, 60_000)), ("-mini-imagenet", 0.05, "inductive", (60_000, 30_000)),
+    ):  # fmt: skip
+        one, two = (find_row(f"supervised-{learner}{place}") for learner in ("maml", "protonets"))
+        assert one.network == (photos if place else drawings | {"head": "mean"}), place
+        assert one.options == maml | {"inner_lr": rate}, place
+        assert two.network == (photos if place else drawings), place
+        assert two.options == {"distance": "mean", "apart": True, "batch_norm": norm}, place
+        assert {(row.tasks, row.shot, row.query, row.lr) for row in (one, two)} == {(4, 1, 5, 1e-3)}, place
+        assert (one.steps["full"], two.steps["full"]) == steps, place
+
+
+def test_latent_tasks_of_lasium_have_the_constants_of_their_place():
+    """Table 7 for Omniglot; for CelebA's ProGAN, of unit latents, and BigBiGAN the scripts."""
+    upright, shifted = {"shift": 0, "fill": None}, {}
+    for slug, policy, strength, anchors, more in (
+        ("n-vae-maml", "N", 0.5, "encoded", shifted), ("ro-gan-maml", "RO", 0.2, "prior", shifted),
+        ("oc-vae-protonets", "OC", 0.2, "encoded", shifted), ("n-gan-maml-2", "N", 2.0, "prior", shifted),
+        ("ro-gan-maml-celeba-identity", "RO", 0.6, "prior", upright),
+        ("ro-vae-maml-celeba-identity", "RO", 0.2, "encoded", upright),
+        ("n-gan-maml-celeba", "N", 0.08, "prior", upright), ("n-gan-maml-mini-imagenet", "N", 1.0, "prior", upright),
+        ("ro-vae-maml-outwards", "RO", 0.2, "encoded", {"sign": -1}),
+        ("ro-vae-maml-no-shift", "RO", 0.2, "encoded", {"fill": None}),
+        ("ro-gan-maml-background", "RO", 0.2, "prior", {"fill": "background"}),
+        ("oc-vae-maml-clean-queries", "OC", 0.2, "encoded", {"own_noise": 0.0}),
+    ):  # fmt: skip
+        wanted = {"policy": policy, "strength": strength, "anchors": anchors, **more}
+        assert find_row(slug).latent == wanted, slug
+
+
+def test_rows_of_leo_have_the_settings_of_its_code():
+    """App. B and the README; what each line of Table 2 leaves out."""
+    for slug in ("leo-1shot", "leo-5shot", "leo-5shot-tiered-imagenet", "meta-sgd-1shot"):
+        row = find_row(slug)
+        assert (row.tasks, row.way, row.query, row.steps["full"]) == (12, 5, 15, 100_000), slug
+        assert row.test_tasks["full"] == 10_000 and row.test_query is None, slug
+        assert row.validation == {"every": 1000, "tasks": 2000, "query": 15}, slug
+    whole = find_row("leo-1shot").options
+    assert {slug: dict(find_row(f"leo-{slug}-1shot").options.items() - whole.items()) for slug in (
+        "generator", "generator-tuned", "random-prior", "deterministic", "no-tuning")} == {
+            "generator": {"latent_steps": 0, "weight_steps": 0}, "generator-tuned": {"latent_steps": 0},
+            "random-prior": {"prior": "random"}, "deterministic": {"stochastic": False},
+            "no-tuning": {"weight_steps": 0}}  # fmt: skip
+    assert find_row("meta-sgd-1shot").options == {"inner_lr": 1.0, "inner_steps": 5, "test_steps": 5,
+                                                  "inner_loss": "sum", "meta_sgd": True}  # fmt: skip
+    assert find_row("leo-1shot-small-long").validation["patience"] == 15
+
+
+def test_rows_of_meta_gmvae_have_the_settings_of_its_appendix():
+    """App. A.1 and B.1: sets of a step, images of a set, samples, components, steps; weight decay of the code."""
+    columns = {
+        "gmvae-5way-1shot": (4, 200, 32, 5, 60_000, 1e-3, 1e-6),
+        "gmvae-20way-5shot": (4, 300, 32, 20, 60_000, 1e-3, 1e-6),
+        "gmvae-mini-imagenet": (16, 5, 256, 5, 15_000, 1e-4, 5e-2),
+        "gmvae-50shot-mini-imagenet": (4, 200, 256, 5, 30_000, 1e-4, 5e-2),
+    }
+    for slug, wanted in columns.items():
+        row = find_row(slug)
+        known = [row.options[name] for name in ("samples", "components", "weight_decay")]
+        assert (row.tasks, row.shot, *known[:2], row.steps["full"], row.lr, known[2]) == wanted, slug
+        assert (row.options["iterations"], row.options["e_step"], row.test_query) == (10, "identity", 15), slug
+        assert {name: row.validation[name] for name in ("every", "tasks", "query")} == {
+            "every": 1000, "tasks": 1000, "query": 15}, slug  # fmt: skip
+    for slug, query in (("cactus-maml-simclr-mini-imagenet", 5), ("umtra-maml-simclr-mini-imagenet", 1)):
+        row = find_row(slug)
+        assert (row.network, row.clip, row.tasks, row.query) == ({"hidden": ()}, 2.0, 8, query), slug
+        assert row.options == {"inner_lr": 0.05, "inner_steps": 5, "test_steps": 50, "inner_loss": "sum"}, slug
+    assert find_row("lr-simclr-mini-imagenet").options == {"c": 1.0, "standardize": "train"}
+
+
+WRN, VIEWS = "WRN-28-10 layer-21 640-d center crop", "multi-view WRN-28-10 (Qiao et al. 2017 style)"
+
+
+@pytest.mark.parametrize("name, dataset, kind, options, epochs, batch", [
+    ("BiGAN", "omniglot", "bigan", {"d": 200}, 400, 128), ("BiGAN", "mnist", "bigan", {"d": 50}, 400, 128),
+    ("BiGAN", "mini_imagenet", "conv-bigan", {"d": 200}, 400, 128),
+    ("BiGAN", "celeba", "conv-bigan", {"d": 200}, 400, 128),
+    ("InfoGAN", "mnist", "infogan", {}, 50, 128),
+    ("DeepCluster", "mini_imagenet", "deepcluster", {"whiten": "own"}, 200, 256),
+    ("DeepCluster", "celeba", "deepcluster", {"view": "resize", "whiten": "own"}, 200, 256),
+    ("inductive DeepCluster", "mini_imagenet", "deepcluster", {}, 200, 256),
+    (WRN, "mini_imagenet", "supervised", {}, 270, 1024),
+    (VIEWS, "mini_imagenet", "supervised", {"views": "multi"}, 270, 1024),
+    (WRN, "tiered_imagenet", "supervised", {"classes": 351, "drops": (0.4, 0.5, 0.6, 0.7, 0.8)}, 114, 1024),
+    ("VAE", "omniglot", "vae", {}, 1000, 128), ("VAE", "celeba_identity", "vae", {}, 1000, 128),
+    ("GAN", "omniglot", "msgan", {}, 500, 128), ("untrained GAN", "omniglot", "msgan", {}, 0, 128),
+    ("GAN", "celeba_identity", "given", {"latent": 512, "sphere": True}, 0, 128),
+    ("GAN", "celeba", "given", {"latent": 512, "sphere": True}, 0, 128),
+    ("GAN", "mini_imagenet", "given", {"latent": 120}, 0, 128),
+    ("SimCLR", "mini_imagenet", "simclr", {"normalize": True}, 400, 512),
+    ("small untrained DeepCluster", "mini_imagenet", "deepcluster",
+     {"clusters": 500, "width": 0.25, "stride": 2, "dropout": 0.0, "whiten": "own"}, 0, 64),
+])  # fmt: skip
+def test_an_embedding_is_fitted_as_its_paper_says(name, dataset, kind, options, epochs, batch):
+    plan = EMBEDDINGS[name, dataset]
+    assert (plan.kind, plan.options, plan.epochs["full"], plan.batch) == (kind, options, epochs, batch)
+
+
+@pytest.mark.parametrize("dataset, images", [("omniglot", 22_000), ("mnist", 55_000)])
+def test_acai_sees_2_to_the_24_images(dataset, images):
+    plan = EMBEDDINGS["ACAI", dataset]
+    assert plan.batch == 64 and abs(plan.epochs["full"] * images / 2**24 - 1) < 1e-3
+
+
+# What reaches what
+
+
+def test_images_are_split_as_the_paper_of_the_row_splits_them(monkeypatch):
+    asked = []
+    monkeypatch.setattr(stages, "load", lambda name, split, *, protocol, device: asked.append((name, split, protocol)))
+    for slug, split in (("oracle-maml", "train"), ("supervised-maml", "val"), ("gmvae-5way-1shot", "test"),
+                        ("ro-gan-maml-celeba-identity", "train")):  # fmt: skip
+        stages.images_of(find_row(slug), split)
+    assert asked == [("omniglot", "train", "cactus"), ("omniglot", "val", "lasium"), ("omniglot", "test", "meta_gmvae"),
+                     ("celeba", "train", None)]  # fmt: skip
+
+
+def test_an_embedding_is_fitted_to_all_training_images(tmp_path, monkeypatch):
+    """At smoke to about 2000 of them."""
+    seen, row = {}, find_row("nearest-mean-bigan", "glyphs")
+    model = SimpleNamespace(fit=lambda x, *, epochs, batch, **_: seen.update({epochs: (x, batch)}), to=lambda _: model)
+    monkeypatch.setattr(stages, "build_embedding", lambda *_, **__: model)
+    for scale in ("smoke", "full"):
+        stages.fit_embedding(row, scale, folder=tmp_path)
+    train = load("glyphs", "train").images
+    assert seen.keys() == {1, 400} and {batch for _, batch in seen.values()} == {128}
+    assert torch.equal(seen[400][0], train) and 2000 <= len(seen[1][0]) < 3000 < len(train)
+
+
+def test_other_seeds_have_other_partitions(tmp_path):
+    row = find_row("random-maml", "glyphs")
+    first, again, other = (stages.make_partitions(row, "smoke", seed, folder=tmp_path) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_pixels_are_whitened_and_clustered_once(monkeypatch):
+    asked, row = [], find_row("pixels-maml", "glyphs")
+    monkeypatch.setattr(stages.parts, "zca", lambda images: asked.append(len(images)) or "whitened")
+    monkeypatch.setattr(stages.parts, "cluster_partitions",
+                        lambda z, k, many, g, **more: asked.append((z, k, many, more)))  # fmt: skip
+    stages._partitions(row, "full", row.clusters, row.stack("full"), row.least(), None, torch.Generator())
+    rule = {"enough": 0.0, "restarts": 1, "least": 6, "way": 20}
+    assert asked == [len(load("glyphs", "train")), ("whitened", 500, 1, rule)]
+
+
+def test_other_labels_are_other_images():
+    images = load("glyphs", "val")
+    turned = dataclasses.replace(images, labels=images.labels.flip(0))
+    assert stages.fingerprint(images) != stages.fingerprint(turned)
+
+
+def test_other_seeds_have_other_weights_and_other_noise():
+    for slug, shape in (("oracle-protonets", (1, 28)), ("oracle-maml", (1, 28)), ("leo-1shot", (0, 0, 640)),
+                        ("gmvae-5way-1shot", (1, 28))):  # fmt: skip
+        channels, size, features = (*shape, None)[:3]
+        made = [experiments.build_learner(find_row(slug), channels, size, seed, features) for seed in (0, 3)]
+        first, other = (next(p for p in learner.parameters() if p.dim() > 1) for learner in made)
+        assert not torch.equal(first, other), slug
+        assert [getattr(learner, "seed", seed) for learner, seed in zip(made, (0, 3))] == [0, 3], slug
+
+
+def test_a_training_draws_the_tasks_of_its_seed(monkeypatch):
+    asked, row = [], find_row("oracle-protonets")
+    monkeypatch.setattr(experiments, "train", lambda learner, source, **how: asked.append(how) or {})
+    monkeypatch.setattr(experiments, "training_tasks", lambda row, scale, seed, *_: asked.append(seed))
+    experiments._train(None, row, "full", 3, "cpu", None, None)
+    assert asked[0] == asked[1]["seed"] == 3
+    assert [asked[1][name] for name in ("steps", "tasks", "way", "shot", "query")] == [30_000, 1, 20, 1, 15]
+
+
+def test_early_stopping_keeps_the_best_and_meets_other_tasks_than_the_test(monkeypatch):
+    asked, row = [], find_row("leo-5shot-small-long")
+    monkeypatch.setattr(experiments, "testing_tasks", lambda *_: SimpleNamespace(features=None))
+    monkeypatch.setattr(experiments, "evaluate", lambda *_, **task: asked.append(task) or Evaluation(torch.ones(2)))
+    found = early_stopping(row, "full", 3)
+    assert found.pop("validate")(None) == 100
+    assert found == {"validate_every": 1000, "keep_best": True, "patience": 15}
+    assert asked == [{"way": 5, "shot": 5, "query": 15, "tasks": 2000, "seed": 4}]
+
+
+def test_baselines_are_tuned_over_their_grids_on_other_tasks_than_the_test(monkeypatch):
+    """CACTUs, section 4.1: neighbors, regularization and dropout; those of ridge are ours."""
+    asked, tested = {}, []
+    source = SimpleNamespace(features=torch.zeros(1, 4))
+    monkeypatch.setattr(experiments, "testing_tasks", lambda *_: source)
+
+    def tune(make, values, source, *, seed, tasks, shot, **_):
+        asked[make, shot] = (values, seed, tasks)
+        return values[0], dict.fromkeys(values, 0.5)
+
+    monkeypatch.setattr(experiments, "tune", tune)
+    monkeypatch.setattr(experiments, "evaluate",
+                        lambda *_, seed, **__: tested.append(seed) or Evaluation(torch.ones(2)))  # fmt: skip
+    for name in ("knn", "linear", "mlp", "ridge"):
+        row = dataclasses.replace(find_row(f"{name}-bigan"), tests=((5, 1), (5, 5)))
+        experiments.measure_baseline(row, "full", 3)
+    assert [values for values, _, _ in asked.values()] == [
+        [1, 3, 5], [1, 3, 5, 10], *[[10.0**p for p in range(-5, 5)]] * 2, *[[0.0, 0.25, 0.5, 0.75]] * 2,
+        *[[10.0**p for p in range(-2, 5)]] * 2]  # fmt: skip
+    assert {(seed, tasks) for _, seed, tasks in asked.values()} == {(4, 200)} and set(tested) == {3}
+    make, _ = experiments._baseline(find_row("mlp-bigan"), "full", 3, 5, "cpu", None)
+    assert make(0.5).generator.initial_seed() == 3
+
+
+def test_attribute_tasks_have_ten_images_of_each_class(monkeypatch):
+    """As the 4287, 391 and 402 prototypes of the paper, also where a task takes fewer."""
+    asked, names = [], [f"a{i:02}" for i in range(40)]
+    faces = ImageSet(torch.zeros(4, 3, 1, 1, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ["1"], [], "celeba",
+                     "train", torch.zeros(4, 40, dtype=torch.uint8), names)  # fmt: skip
+    monkeypatch.setattr(experiments, "shown", lambda *_: (faces, None))
+    one = torch.zeros(1, 3, 2, dtype=torch.int64)
+    monkeypatch.setattr(experiments, "attribute_prototypes", lambda images, names, r: asked.append(r) or one)
+    row = find_row("oracle-maml-celeba")
+    for source in (experiments.training_tasks(row, "full", 0), experiments.testing_tasks(row, "full", "val")):
+        assert isinstance(source, AttributeTasks)
+    experiments.training_tasks(find_row("oracle-protonets-celeba"), "full", 0)
+    assert asked == [10, 10, 16]
+
+
+def test_labels_of_imagenet_are_those_of_mini_imagenets_training_classes():
+    homes = ["no mini", "mini_imagenet train", "mini_imagenet val", "no mini", "mini_imagenet train"]
+    images = ImageSet(torch.zeros(10, 3, 1, 1, dtype=torch.uint8), torch.arange(5).repeat_interleave(2), list("abcde"),
+                      homes, "imagenet", "train")  # fmt: skip
+    assert experiments.some_labels(images, 0.2, 0).unique().tolist() == [-1, 1, 4]
+
+
+def test_one_missing_image_makes_a_part_of_the_data(monkeypatch):
+    counts = {"train": 38_399, "test": 12_000}
+    monkeypatch.setattr(experiments, "shown", lambda row, split, *_, **__: ([0] * counts[split], None))
+    found = experiments.images_record(find_row("oracle-maml-mini-imagenet"), "full")
+    assert found["deviation"] == "a part of the data (38,399 of 38,400 train images)"
+
+
+@pytest.mark.parametrize("channels, augment", [(1, umtra_drawings), (3, auto_augment)])
+def test_drawings_and_photographs_are_augmented_each_in_its_way(monkeypatch, channels, augment):
+    images = SimpleNamespace(images=torch.zeros(2, channels, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(experiments, "images_of", lambda *_: images)
+    assert experiments.training_tasks(find_row("umtra-maml"), "full", 0).augment is augment

@@ -26,6 +26,7 @@ from umeta_core.rule_evaluation import (
     rule_path,
     trial,
 )
+from umeta_core.rule_tasks import Curriculum
 
 
 def generator(seed=0):
@@ -203,3 +204,31 @@ def test_the_rule_is_shown_other_images_than_it_is_judged_on():
     train, test = load("digits", "train"), load("digits", "test")
     shown = trial(train, test, networks=1, draws=1, shuffle=False).batch(200, generator())[0]
     assert torch.cdist(shown, train.images.flatten(1).float() / 255).amin(1).max() < 1e-2
+
+
+def test_the_paper_s_plan_has_the_numbers_of_its_appendices():
+    p = rule_runs.PLANS["paper"]
+    assert (p.size, p.lr, p.tasks, p.batch, p.draws, p.steps) == ("full", 3e-4, 256, 128, 5, 200_000)
+    assert p.rates == ((0, 3e-4), (100_000, 1e-4), (150_000, 2e-5)) and p.curriculum == Curriculum()
+
+
+def test_a_run_has_the_rule_the_tasks_and_the_seed_of_its_plan(monkeypatch):
+    asked, p = [], rule_runs.PLANS["book"]
+    monkeypatch.setattr(rule_runs, "train", lambda learner, source, **how: asked.append((learner, source, how)) or {})
+    rules = [rule_runs.meta_train("book", seed)[0] for seed in (0, 3)]
+    learner, source, how = asked[1]
+    assert (source.batch, source.draws, source.curriculum) == (p.batch, p.draws, p.curriculum)
+    assert (learner.rule.lr, learner.clip) == (p.lr, 5.0) and source.buckets[0].images.split == "train"
+    assert (how["steps"], how["tasks"], how["shot"], how["seed"]) == (p.steps, p.tasks, 10, 3)
+    first, other = (next(w for w in rule.parameters() if w.dim() > 1) for rule in rules)
+    assert not torch.equal(first, other)
+
+
+def test_a_run_is_judged_on_characters_that_it_does_not_see(tmp_path, monkeypatch):
+    argv = ["x", "book", "--checkpoint", str(tmp_path / "c.pt"), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    seen = []
+    monkeypatch.setattr(rule_runs, "trial", lambda images, **_: seen.append(images.class_names) or {}["stop"])
+    with pytest.raises(KeyError):
+        rule_runs.main()
+    assert seen == [load("glyphs", "val").class_names]

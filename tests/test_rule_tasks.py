@@ -320,3 +320,11 @@ def test_networks_age_by_their_inner_steps(glyphs):
     alive = first > 0
     assert alive.any()
     torch.testing.assert_close((first - second)[alive], torch.full((int(alive.sum()),), 3.0), rtol=0, atol=0.1)
+
+
+def test_tasks_and_rule_start_from_the_settings_of_the_code(glyphs):
+    """128 images and 5 labeled draws (App. H.2, code); what moves and drops pixels is not in the paper."""
+    tasks, rule = RuleTasks([Bucket(glyphs)]), UpdateRule("small")
+    assert (tasks.batch, tasks.draws) == (128, 5)
+    assert (tasks.buckets[0].drop, tasks.buckets[0].moved, tasks.buckets[0].way) == (0.2, 2, 10)
+    assert (rule.lr, rule.guard) == (3e-4, pytest.approx(1 / 7))

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from umeta_core.embeddings import simclr
 from umeta_core.embeddings.simclr import SimCLR, contrastive_loss, rate, turn_hue, views
 
 
@@ -129,3 +130,18 @@ def test_the_loss_has_the_temperature_of_the_model():
         model.opt = model.optimizers()
         losses.append(model.step(images, torch.arange(8), generator())["loss"].item())
     assert abs(losses[0] - losses[1]) > 0.05
+
+
+def test_settings_are_those_of_the_released_code():
+    """Temperature and projection are the paper's, too; the rate is ten times the paper's."""
+    model = SimCLR(3, 32)
+    assert (model.temperature, model.lr, model.schedule, model.area, model.color) == (0.5, 1e-3, "released", 0.08, 0.8)
+    assert model.projection[-1].out_features == 128
+
+
+def test_a_hue_turns_by_a_fifth_of_the_circle_at_most(monkeypatch):
+    """``color / 4`` to either side: jitter of 0.8, 0.8, 0.8 and 0.2."""
+    turns = []
+    monkeypatch.setattr(simclr, "turn_hue", lambda x, turn: turns.append(turn) or x)
+    views(torch.rand(500, 3, 8, 8, generator=generator()), generator())
+    assert 0.19 < turns[0].max() <= 0.2 and -0.2 <= turns[0].min() < -0.19

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from umeta_core import experiments, shared_fits, stages
+from umeta_core import costs, experiments, shared_fits, stages
 from umeta_core.costs import _missing_fit
 from umeta_core.data import load
 from umeta_core.embeddings.acai import ACAI
@@ -521,3 +521,15 @@ def test_rows_of_cactus_have_the_numbers_of_tables_5_and_6():
             assert inner == [0.05, 5, 50, "sum"], row.slug
     assert stages.spread(find_row("hyperplanes-deepcluster-mini-imagenet")) == 0
     assert stages.spread(find_row("hyperplanes-bigan")) > 0
+
+
+def test_only_matrices_of_a_shared_fit_lose_digits():
+    for shape, dtype in (((3, 3), torch.float16), ((3,), torch.float32), ((), torch.float32)):
+        assert shared_fits._half("w", torch.full(shape, 1 / 3)).dtype == dtype
+
+
+def test_a_plan_counts_the_restarts_of_k_means():
+    """The best of ten for one partition, of three for each of many of a prototypical network, else one."""
+    seconds = [costs._missing_partitions(find_row(slug), "full", 0, "cpu")[1] for slug in (
+        "cactus-maml-bigan-p1", "cactus-protonets-bigan", "cactus-maml-bigan")]  # fmt: skip
+    assert seconds == pytest.approx([1.5 * 10, 1.5 * 100 * 3, 1.5 * 100])

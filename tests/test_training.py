@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from umeta_core import training
 from umeta_core.data import ImageSet
 from umeta_core.episodes import PartitionTasks
 from umeta_core.evaluation import evaluate
@@ -405,3 +406,17 @@ def test_the_first_of_equals_is_the_best():
 def test_numbers_below_one_are_refused(wrong):
     with pytest.raises(ValueError, match="both must be at least 1"):
         train(learner(), source(), steps=1, **(TASK | wrong))
+
+
+def test_a_loss_of_the_history_is_the_mean_since_the_entry_before():
+    each = train(learner(), source(), steps=6, progress=False, **TASK | {"log_every": 1})
+    many = train(learner(), source(), steps=6, progress=False, **TASK | {"log_every": 3})
+    for name in ("loss", "accuracy"):
+        means = [sum(each[name][i : i + 3]) / 3 for i in (0, 3)]
+        assert many[name] == pytest.approx(means, abs=1e-6) and many[name] != pytest.approx(each[name][2::3], abs=1e-6)
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_steps(monkeypatch):
+    now = iter(range(1000))  # a clock that ticks whenever it is looked at
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(now))
+    assert train(learner(), source(), steps=4, progress=False, **TASK)["seconds"] == 4
