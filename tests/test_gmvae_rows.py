@@ -91,7 +91,7 @@ def test_umtra_on_features_embeds_every_copy(tmp_path):
     row = replace(row, steps={"smoke": 10, "full": 10}, options=row.options | {"test_steps": 5})
     record = run_row(row, "smoke", folder=tmp_path, stages=tmp_path)
     assert record["protocol"]["source"] == "augmented" and record["cells"][0]["accuracy"] > 20
-    source = training_tasks(row, "smoke", 0, folder=tmp_path)
+    source = training_tasks(row, "smoke", 0, stages=tmp_path)
     episodes = source.sample(2, 5, 1, 3, torch.Generator().manual_seed(0))
     z = stages.vectors(row, "train", "smoke", folder=tmp_path)
     found = [(z - s).abs().amax(1).min() < 1e-4 for s in episodes.support.flatten(0, 2)]

@@ -326,7 +326,7 @@ def test_a_row_on_clusters_shares_its_stages(folder, tmp_path):
     partitions = read(file)["partitions"]
     assert partitions.shape == (2, len(load("glyphs", "train"))) and int(partitions.max()) < 50
     made = file.stat().st_mtime_ns
-    training_tasks(row, "smoke", 0, folder=folder)
+    training_tasks(row, "smoke", 0, stages=folder)
     assert file.stat().st_mtime_ns == made
 
 
@@ -484,7 +484,7 @@ def test_features_are_not_taken_as_they_come_but_scaled_to_length_1(folder):
 
 def test_meta_training_does_not_leave_out_the_validation_classes(folder):
     for slug, splits in (("leo-1shot", ("train", "val")), ("leo-train-only-1shot", ("train",))):
-        source = training_tasks(find_row(slug, "glyphs"), "smoke", 0, folder=folder)
+        source = training_tasks(find_row(slug, "glyphs"), "smoke", 0, stages=folder)
         assert source.images.n_classes == sum(load("glyphs", split).n_classes for split in splits)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .checks import one_of
 from .data import ImageSet, as_floats
 from .episodes import Episodes, sample_without_replacement
 
@@ -47,8 +48,9 @@ def auto_augment(x: Tensor, generator: torch.Generator, policy: str = "imagenet"
 
     `policy`: "imagenet" (UMTRA on mini-ImageNet), "cifar10" or "svhn". The library takes its random numbers from
     torch's global CPU generator, which is seeded from `generator` for the time being and restored. It works on the
-    CPU, image by image.
+    CPU, image by image. ValueError: another policy.
     """
+    one_of("policy", policy, ("imagenet", "cifar10", "svhn"))
     from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
     augment = AutoAugment(AutoAugmentPolicy(policy))

@@ -110,6 +110,8 @@ class PartitionTasks:
         classes = int(parts.max()) + 1
         if classes < 1:
             raise ValueError("the partition leaves every image out")
+        if int(parts.min()) < -1:
+            raise ValueError(f"a partition has {int(parts.min())}; it takes numbers of classes, and -1 to leave out")
         # members of class c of partition p: order[p, start[p, c] : start[p, c] + size[p, c]]
         self.order = torch.empty(parts.shape, dtype=torch.int32, device=parts.device)
         self.size = torch.empty(len(parts), classes, dtype=torch.long, device=parts.device)

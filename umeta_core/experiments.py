@@ -84,14 +84,14 @@ def _gmvae(row: Row, channels: int, size: int, seed: int, features, generator) -
     return MetaGMVAE(encoder, ImageDecoder(channels=channels, size=size, **latent, generator=generator), **options)
 
 
-def untrained(row: Row, seed: int, device="cpu", scale="quick", folder=None) -> torch.nn.Module:
+def untrained(row: Row, seed: int, device="cpu", scale="quick", stages=None) -> torch.nn.Module:
     """The row's meta-learner as it is before training, made for its dataset's images or vectors."""
-    images, features = shown(row, "test", scale, device, folder)
+    images, features = shown(row, "test", scale, device, stages)
     width = None if features is None else features.shape[1]
     return build_learner(row, *images.images.shape[1:3], seed, width).to(device)
 
 
-def trained(row: Row, checkpoint, seed=0, device="cpu", scale="quick", folder=None) -> tuple[torch.nn.Module, int]:
+def trained(row: Row, checkpoint, seed=0, device="cpu", scale="quick", stages=None) -> tuple[torch.nn.Module, int]:
     """The row's meta-learner from a checkpoint, the best of its run if that was kept, and after how many steps.
 
     FileNotFoundError: there is no such file; ValueError: it is of another row, or of another network.
@@ -103,7 +103,7 @@ def trained(row: Row, checkpoint, seed=0, device="cpu", scale="quick", folder=No
     of = state["config"].get("row")
     if of not in (None, row.slug, row.training_of):
         raise ValueError(f"{path} is of the row {of}, not of {row.slug}")
-    learner = untrained(row, seed, device, scale, folder)
+    learner = untrained(row, seed, device, scale, stages)
     try:
         learner.load_state_dict(state.get("best") or selected(snapshots_of(path), row.slug) or state["learner"])
     except RuntimeError as error:
@@ -112,14 +112,14 @@ def trained(row: Row, checkpoint, seed=0, device="cpu", scale="quick", folder=No
     return learner, state["step"]
 
 
-def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
+def training_tasks(row: Row, scale: str, seed: int, device="cpu", stages=None):
     """The row's source of training tasks; stages that it needs are made or read (see `stages`)."""
     if row.source == "augmented":
-        return _augmented_tasks(row, scale, device, folder)
-    images, features = _training_images(row, scale, device, folder)
+        return _augmented_tasks(row, scale, device, stages)
+    images, features = _training_images(row, scale, device, stages)
     if row.source == "latent":
         ahead = 50 if torch.device(device).type == "cuda" else 1  # larger batches are faster on a GPU only
-        return LatentTasks(images, fit_embedding(row, scale, device, folder), ahead=ahead, **row.latent)
+        return LatentTasks(images, fit_embedding(row, scale, device, stages), ahead=ahead, **row.latent)
     if row.source == "unlabeled":
         return UnlabeledSets(images, features)
     if row.source == "attributes":
@@ -129,26 +129,26 @@ def training_tasks(row: Row, scale: str, seed: int, device="cpu", folder=None):
         labeled = PartitionTasks(images, some_labels(images, row.share, seed) if row.share else None, features)
         if row.source == "labels":
             return labeled
-    clustered = PartitionTasks(images, make_partitions(row, scale, seed, device, folder), features)
+    clustered = PartitionTasks(images, make_partitions(row, scale, seed, device, stages), features)
     return MixedTasks(labeled, clustered, row.mix) if row.source == "mixed" else clustered
 
 
-def _augmented_tasks(row: Row, scale: str, device, folder) -> AugmentedTasks:
+def _augmented_tasks(row: Row, scale: str, device, stages) -> AugmentedTasks:
     """UMTRA's tasks, of images; or, if the row learns on vectors, of those of the images and of their copies."""
     images = images_of(row, "train", device)
-    embed = None if row.inputs == "images" else fit_embedding(row, scale, device, folder).embed
+    embed = None if row.inputs == "images" else fit_embedding(row, scale, device, stages).embed
     return AugmentedTasks(images, umtra_drawings if images.images.shape[1] == 1 else auto_augment, embed)
 
 
-def _training_images(row: Row, scale: str, device, folder) -> tuple[ImageSet, torch.Tensor | None]:
+def _training_images(row: Row, scale: str, device, stages) -> tuple[ImageSet, torch.Tensor | None]:
     """The images of the row's training splits, and their vectors if the row learns on vectors."""
-    sets, features = zip(*(shown(row, split, scale, device, folder) for split in row.train_splits))
+    sets, features = zip(*(shown(row, split, scale, device, stages) for split in row.train_splits))
     return join(sets), None if row.inputs == "images" else torch.cat(features)
 
 
-def testing_tasks(row: Row, scale: str, split="test", device="cpu", folder=None):
+def testing_tasks(row: Row, scale: str, split="test", device="cpu", stages=None):
     """The row's source of test tasks: always the labels (or attributes) that people gave."""
-    images, features = shown(row, split, scale, device, folder)
+    images, features = shown(row, split, scale, device, stages)
     if row.dataset == "celeba":
         names = sorted(images.attribute_names)
         chosen = names[20:30] if split == "val" else names[30:]

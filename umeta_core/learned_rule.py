@@ -277,13 +277,13 @@ class UpdateRule(nn.Module):
     @classmethod
     def restore(cls, path: str | Path) -> UpdateRule:
         """The rule in a file that `save` wrote. Raises ValueError if it is no such file."""
+        from .packs import load_tensors
+
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_tensors(path, "update rule")
             rule = cls(**state["config"])
             rule.load_state_dict(state["theta"])
-        except FileNotFoundError:
-            raise
-        except Exception:
+        except (KeyError, TypeError, ValueError, RuntimeError):
             raise ValueError(f"{path} does not hold an update rule; save one with UpdateRule.save") from None
         rule.about = state["about"]
         return rule

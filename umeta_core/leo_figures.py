@@ -81,8 +81,8 @@ def analysis(stages, checkpoints, shot=1, seed=0, tasks=1000, suffix="small", sc
     origin, done = provenance(), {}
     for name in ANALYZED:
         row = row_of(name, shot, suffix)
-        learner, steps = trained(row, checkpoint_of(checkpoints, row, scale, seed), seed, scale=scale, folder=stages)
-        done[name] = analyze(learner, testing_tasks(row, scale, folder=stages), shot, tasks, seed)
+        learner, steps = trained(row, checkpoint_of(checkpoints, row, scale, seed), seed, scale=scale, stages=stages)
+        done[name] = analyze(learner, testing_tasks(row, scale, stages=stages), shot, tasks, seed)
         done[name] |= {"steps_trained": steps}
         if isinstance(learner, LEO):
             done[name] |= {"singular_values": [round(v, 5) for v in singular_values(learner).tolist()]}
@@ -95,9 +95,9 @@ def codes(stages, checkpoints, shot=1, seed=0, tasks=1000, suffix="small", scale
     """Figure 4 for a trained LEO: a t-SNE map of the codes of the first `mapped` validation tasks, and over all tasks
     the `neighbor_shares`, for an untrained LEO too."""
     origin, row = provenance(), row_of("leo", shot, suffix)
-    learner, steps = trained(row, checkpoint_of(checkpoints, row, scale, seed), seed, scale=scale, folder=stages)
-    source, shares = testing_tasks(row, scale, "val", folder=stages), {}
-    for name, model in (("untrained", untrained(row, seed, scale=scale, folder=stages)), ("trained", learner)):
+    learner, steps = trained(row, checkpoint_of(checkpoints, row, scale, seed), seed, scale=scale, stages=stages)
+    source, shares = testing_tasks(row, scale, "val", stages=stages), {}
+    for name, model in (("untrained", untrained(row, seed, scale=scale, stages=stages)), ("trained", learner)):
         found, images, of_task = task_codes(model, source, tasks, shot, seed)
         classes = source.images.labels[images]
         shares[name] = rounded(neighbor_shares(found, classes, of_task, images if shot == 1 else None))

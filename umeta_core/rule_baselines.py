@@ -135,7 +135,7 @@ class ShuffledTasks:
 def _layers(tasks: int, widths: tuple[int, ...], generator: torch.Generator) -> Phi:
     """Trainable weights, Glorot-like in effect since batch norm takes their scale off again; no backward weights."""
     pairs = [_matrix(tasks, n, m, generator) for n, m in zip(widths, widths[1:])]
-    return Phi(tuple(w for w, _ in pairs), tuple(b for _, b in pairs), tuple(w for w, _ in pairs))
+    return Phi(tuple(w for w, _ in pairs), tuple(b for _, b in pairs), ())
 
 
 def _matrix(tasks: int, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,12 @@ class PESLearner(CountedNoise, RuleLearner):
         self.size = sum(rule.get_parameter(name).numel() for name in self.names)
 
     def loss(self, truncation: Truncation) -> tuple[Tensor, Tensor]:
-        """The pairs' mean losses and accuracies ``[T]``; their gradient is the estimate (eq-rule-pes)."""
+        """The pairs' mean losses and accuracies ``[T]``; their gradient is the estimate (eq-rule-pes).
+
+        ValueError: the tasks carry no noise.
+        """
+        if truncation.noise is None:
+            raise ValueError("the tasks carry no noise; give RuleTasks theta=learner.size")
         params = [self.rule.get_parameter(name) for name in self.names]
         theta = nn.utils.parameters_to_vector(params)
         losses, accuracies, noise = [], [], self._noise()

@@ -30,7 +30,7 @@ class Embedding(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Vectors ``[n, d]`` of images ``[n, C, H, W]`` in [0, 1], each image on its own (averaged statistics)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not encode images; use an embedding, or the VAE")
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """New optimizers of the parameters; `fit` keeps them in ``self.opt``."""
