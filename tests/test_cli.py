@@ -200,7 +200,7 @@ def test_two_reproductions_do_not_share_a_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys, ending):
+def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys, monkeypatch, ending):
     psutil = pytest.importorskip("psutil")
     kernel = [sys.executable, "-c", "import time; time.sleep(60)"]
     engine = f"import pathlib, subprocess; p = subprocess.Popen({kernel}, start_new_session=True); " \
@@ -211,6 +211,7 @@ def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys, ending):
             time.sleep(0.05)
         os.kill(os.getpid(), ending)
 
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # under nohup the end of a terminal is ignored
     threading.Thread(target=interrupt).start()
     with open(tmp_path / "lock", "w") as lock, pytest.raises(KeyboardInterrupt):
         cli._run_to_the_end([sys.executable, "-c", engine], dict(os.environ), lock)
