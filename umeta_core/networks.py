@@ -224,6 +224,7 @@ class MLP(nn.Module):
         return [False] * (2 * len(self.weights) - 2) + [True, True]
 
     def forward_tasks(self, params: list[Tensor], x: Tensor) -> Tensor:
+        """Logits ``[T, n, N]`` of vectors ``[T, n, ...]``; params as in `tensors`, but one copy per task."""
         x = x.flatten(2)
         for i in range(0, len(params), 2):
             last = i == len(params) - 2

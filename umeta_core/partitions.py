@@ -198,6 +198,7 @@ def kmeans(
 
 
 def check(z: Tensor, k: int) -> None:
+    """ValueError: the embeddings are not floats ``[n, d]``, or k is not 1 to n."""
     if z.dim() != 2 or not z.is_floating_point():
         raise ValueError(f"embeddings are floats [n, d]; these are {z.dtype} {list(z.shape)}")
     if not 1 <= k <= len(z):

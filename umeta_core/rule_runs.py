@@ -105,6 +105,7 @@ def meta_train(plan: str, seed: int = 0, *, steps: int | None = None, device="cp
 
 
 def main() -> None:
+    """Meta-train a rule by a plan and write theta on the way and at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", choices=PLANS)
     parser.add_argument("--seed", type=int, default=0)
