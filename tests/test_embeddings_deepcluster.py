@@ -6,7 +6,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
-import umeta_core.partitions
+import umeta_core.kmeans
 from umeta_core.embeddings.deepcluster import (
     DeepCluster,
     Sobel,
@@ -293,8 +293,8 @@ def test_dropout_keeps_the_mean():
 
 
 def test_k_means_takes_the_iterations_asked_for(monkeypatch):
-    asked, real = [], umeta_core.partitions.kmeans
-    monkeypatch.setattr(umeta_core.partitions, "kmeans", lambda *a, **k: asked.append(k["iterations"]) or real(*a, **k))
+    asked, real = [], umeta_core.kmeans.kmeans
+    monkeypatch.setattr(umeta_core.kmeans, "kmeans", lambda *a, **k: asked.append(k["iterations"]) or real(*a, **k))
     model = small(iterations=7)
     model.start_epoch(bars(64)[0], 0, 1, generator())
     assert asked == [7]

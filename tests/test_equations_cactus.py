@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from scratch import scratch_namespace
 
-from umeta_core import partitions
+from umeta_core import inspection, kmeans, partitions
 from umeta_core.baselines import ClusterMatching, LinearClassifier, Ridge
 from umeta_core.episodes import Episodes
 
@@ -45,7 +45,7 @@ def table():
 
 def test_eq_kmeans(z):
     """The inertia is the sum over clusters, and neither another cluster for a point nor another mean lowers it."""
-    found = partitions.lloyd(z, z[::13].clone(), iterations=100, tol=0)
+    found = kmeans.lloyd(z, z[::13].clone(), iterations=100, tol=0)
     members = [[i for i in range(len(z)) if found.assignment[i] == c] for c in range(len(found.centroids))]
     total = sum(((z[i] - found.centroids[c]) ** 2).sum() for c, ms in enumerate(members) for i in ms)
     torch.testing.assert_close(found.inertia, total)
@@ -61,7 +61,7 @@ def test_eq_metric(z):
     assert w[1:].min() >= 0 and w[1:].max() <= 1
     assert abs(w[1:].mean() - 0.5) < 0.03 and abs(w[1:].var() - 1 / 12) < 0.01  # U(0, 1)
     w = w[1].double()
-    found = partitions.kmeans(z * w, 3, torch.Generator().manual_seed(0), tol=0)
+    found = kmeans.kmeans(z * w, 3, torch.Generator().manual_seed(0), tol=0)
     A = torch.diag(w) ** 2
     mu = [z[found.assignment == c].mean(0) for c in range(3)]
     total = sum((z[i] - mu[c]) @ A @ (z[i] - mu[c]) for i, c in enumerate(found.assignment))
@@ -93,7 +93,7 @@ def test_eq_zca():
 
 def test_eq_purity(table):
     literal = sum(max(row) for row in table.tolist()) / int(table.sum())
-    assert partitions.purity(table) == pytest.approx(literal)
+    assert inspection.purity(table) == pytest.approx(literal)
 
 
 def test_eq_nmi(table):
@@ -103,7 +103,7 @@ def test_eq_nmi(table):
         p[c][y] * math.log(p[c][y] / (pc[c] * py[y])) for c in range(5) for y in range(4) if p[c][y] > 0
     )
     entropies = [-sum(q * math.log(q) for q in marginal if q > 0) for marginal in (pc, py)]
-    assert partitions.nmi(table) == pytest.approx(2 * information / sum(entropies), rel=1e-5)
+    assert inspection.nmi(table) == pytest.approx(2 * information / sum(entropies), rel=1e-5)
 
 
 def test_eq_ridge(episodes):
@@ -164,7 +164,7 @@ def test_eq_matching(episodes):
 
 def test_scratch_kmeans_equals_the_library(scratch, z):
     start = z[::13].clone()
-    found = partitions.lloyd(z, start, iterations=100, tol=0)
+    found = kmeans.lloyd(z, start, iterations=100, tol=0)
     assignment, means = scratch["lloyd"](z, start)
     assert torch.equal(assignment, found.assignment)
     torch.testing.assert_close(means, found.centroids)
@@ -182,7 +182,7 @@ def test_scratch_metric_equals_the_library(scratch, z):
 def test_scratch_scores_equal_the_library(scratch):
     g = torch.Generator().manual_seed(6)
     partition, labels = torch.randint(-1, 6, (200,), generator=g), torch.randint(0, 9, (200,), generator=g)
-    table, look = scratch["counts"](partition, labels), partitions.inspect(partition, labels)
+    table, look = scratch["counts"](partition, labels), inspection.inspect(partition, labels)
     assert table.sum() == (partition >= 0).sum()
     assert scratch["purity"](table).item() == pytest.approx(look.purity, rel=1e-5)
     assert scratch["nmi"](table).item() == pytest.approx(look.nmi, rel=1e-4)

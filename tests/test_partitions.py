@@ -1,4 +1,4 @@
-"""k-means against scikit-learn and its literal form, hyperplane cells against a loop, and the other partitions."""
+"""Clusters under many metrics, hyperplane cells against a loop, chance, whitened pixels."""
 
 import math
 import warnings
@@ -6,9 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sklearn.cluster import KMeans
-from sklearn.metrics import normalized_mutual_info_score
 
+from umeta_core import inspection
 from umeta_core import partitions as parts
 from umeta_core.data import ImageSet
 from umeta_core.episodes import PartitionTasks
@@ -26,115 +25,6 @@ def blobs(n=1500, d=10, centers=30, noise=0.4, seed=0, dtype=torch.float32):
     return x, group
 
 
-def literal_lloyd(x, centroids, steps):
-    """Every distance, every step."""
-    for _ in range(steps):
-        assignment = torch.cdist(x, centroids).argmin(1)
-        centroids = torch.stack(
-            [x[assignment == c].mean(0) if (assignment == c).any() else centroids[c] for c in range(len(centroids))]
-        )
-    return torch.cdist(x, centroids).argmin(1), centroids
-
-
-# k-means
-
-
-@pytest.mark.parametrize("n, d, k", [(1500, 10, 40), (1003, 7, 25), (3000, 33, 60)])
-def test_inertia_is_that_of_scikit_learn(n, d, k):
-    x, _ = blobs(n, d)
-    ours = [parts.kmeans(x, k, seeded(s)).inertia.item() for s in range(6)]
-    theirs = [KMeans(k, n_init=1, random_state=s).fit(x.numpy()).inertia_ for s in range(6)]
-    assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.02)
-    batched = parts.kmeans_batched(x, k, torch.ones(6, d), seeded()).inertia
-    assert batched.mean().item() == pytest.approx(np.mean(theirs), rel=0.02)
-
-
-def test_start_is_as_good_as_that_of_scikit_learn():
-    from sklearn.cluster import kmeans_plusplus
-
-    x, _ = blobs(800)
-    cost = lambda c: torch.cdist(x, c).amin(1).square().sum().item()  # noqa: E731
-    theirs = np.mean([cost(torch.from_numpy(kmeans_plusplus(x.numpy(), 30, random_state=s)[0])) for s in range(20)])
-    ours = np.mean([cost(parts.plus_plus(x, 30, seeded(s))) for s in range(20)])
-    assert ours == pytest.approx(theirs, rel=0.03)
-
-
-@pytest.mark.parametrize("steps", [0, 1, 4, 50])
-def test_bounds_change_nothing(steps):
-    x, _ = blobs(1003, 6, dtype=torch.float64)
-    start = x[torch.randperm(len(x), generator=seeded())[:25]]
-    found = parts.lloyd(x, start, steps, tol=0)
-    assignment, centroids = literal_lloyd(x, start, steps)
-    assert torch.equal(found.assignment, assignment)
-    assert torch.allclose(found.centroids, centroids)
-    assert found.inertia.item() == pytest.approx((x - centroids[assignment]).square().sum().item())
-
-
-def test_at_the_end_every_point_is_with_its_nearest_mean():
-    x, _ = blobs()
-    found = parts.kmeans(x, 40, seeded(), iterations=500, tol=0)
-    means = torch.stack([x[found.assignment == c].mean(0) for c in range(40)])
-    assert torch.allclose(found.centroids, means, atol=1e-4)
-    distance = torch.cdist(x, means)
-    own = distance.gather(1, found.assignment.unsqueeze(1)).squeeze(1)
-    assert (own - distance.amin(1)).max() < 1e-4
-    assert found.inertia.item() == pytest.approx(own.square().sum().item(), rel=1e-4)
-
-
-def test_early_stopping_costs_little():
-    x, _ = blobs(3000, 20, 100)
-    early, late = (parts.kmeans(x, 60, seeded(), tol=tol).inertia.item() for tol in (1e-3, 0))
-    assert late <= early <= 1.002 * late
-
-
-def test_far_from_the_origin_nothing_changes():
-    x, _ = blobs()
-    near, far = (parts.kmeans(x + offset, 30, seeded()).inertia.item() for offset in (0, 300))
-    assert far == pytest.approx(near, rel=0.02)
-
-
-def test_one_cluster_and_as_many_as_points():
-    x, _ = blobs(50)
-    one = parts.kmeans(x, 1, seeded())
-    assert one.assignment.unique().tolist() == [0] and torch.allclose(one.centroids[0], x.mean(0), atol=1e-5)
-    all_ = parts.kmeans(x, 50, seeded())
-    assert len(all_.assignment.unique()) == 50 and all_.inertia < 1e-3
-    assert parts.kmeans_batched(x, 50, torch.ones(2, 10), seeded()).inertia.max() < 1e-2
-
-
-def test_fewer_distinct_points_than_clusters():
-    x = torch.tensor([[0.0], [1.0], [5.0]]).repeat(20, 1)
-    for found in (parts.kmeans(x, 6, seeded()), parts.kmeans_batched(x, 6, torch.ones(1, 1), seeded())):
-        assert found.inertia.sum() < 1e-3 and len(found.assignment.unique()) == 3
-        assert found.centroids.isfinite().all()
-
-
-def test_restarts_keep_the_best():
-    x, _ = blobs(600, 2, 40, 0.05)
-    g = seeded()
-    runs = [parts.kmeans(x, 30, g).inertia.item() for _ in range(5)]
-    assert parts.kmeans(x, 30, seeded(), restarts=5).inertia.item() == pytest.approx(min(runs))
-    single = parts.kmeans_batched(x, 30, torch.ones(20, 2), seeded()).inertia
-    best = parts.kmeans_batched(x, 30, torch.ones(4, 2), seeded(), restarts=5).inertia
-    assert best.shape == (4,) and best.mean() < single.mean()
-
-
-def test_pooled_draws_follow_the_squared_distance():
-    """Three points on a line: the second pick is proportional to D^2 when there is one candidate per step."""
-    x = torch.tensor([[0.0], [1.0], [3.0]]).repeat_interleave(20, 0)
-    first_two = []
-    for s in range(400):
-        first, second = parts.plus_plus(x, 2, seeded(s))[:, 0].tolist()
-        first_two.append((first, second))
-    assert all(a != b for a, b in first_two)
-    from_middle = [b for a, b in first_two if a == 1.0]
-    # two candidates, 0 with weight 1 and 3 with weight 4; the greedy choice prefers 3 if it is among them
-    assert np.mean([b == 3.0 for b in from_middle]) == pytest.approx(1 - 0.2**2, abs=0.05)
-
-
-# metrics, many partitions
-
-
 def test_first_metric_is_plain_and_the_others_are_uniform():
     w = parts.random_scalings(50, 200, seeded())
     assert (w[0] == 1).all()
@@ -142,56 +32,11 @@ def test_first_metric_is_plain_and_the_others_are_uniform():
     assert w[1:].mean().item() == pytest.approx(0.5, abs=0.01)
 
 
-def test_a_metric_is_k_means_on_scaled_points():
-    x, _ = blobs()
-    w = parts.random_scalings(3, 10, seeded())
-    found = parts.kmeans_batched(x, 30, w, seeded(), tol=0)
-    for p in range(3):
-        a, scaled = found.assignment[p], x * w[p]
-        means = torch.stack([scaled[a == c].mean(0) for c in range(30)])
-        assert torch.allclose(found.centroids[p] * w[p], means, atol=1e-4)
-        assert torch.equal(torch.cdist(scaled, means).argmin(1), a)
-        assert found.inertia[p].item() == pytest.approx((scaled - means[a]).square().sum().item(), rel=1e-4)
-        one_by_one = np.mean([parts.kmeans(scaled, 30, seeded(s)).inertia.item() for s in range(5)])
-        assert found.inertia[p].item() == pytest.approx(one_by_one, rel=0.05)
-
-
-def test_batched_and_bounded_agree_from_the_same_start():
-    x, _ = blobs(900, 6, dtype=torch.float64)
-    x = x - x.mean(0)
-    w = parts.random_scalings(3, 6, seeded()).double()
-    starts = x[torch.randperm(len(x), generator=seeded())[:60]].view(3, 20, 6)
-    for p in range(3):
-        centroids = starts[p : p + 1]
-        for _ in range(7):
-            assignment, _ = parts.assign_batched(x, centroids, w[p : p + 1].square())
-            centroids = parts.means_batched(x, assignment, centroids)
-        bounded = parts.lloyd(x * w[p], starts[p] * w[p], 7, tol=0)
-        assert torch.allclose(bounded.centroids, centroids[0] * w[p])
-
-
-def test_small_blocks_and_batches_change_nothing(monkeypatch):
-    x, _ = blobs(703, 6, dtype=torch.float64)
-    w = torch.ones(2, 6, dtype=torch.float64)
-    whole = parts.kmeans(x, 20, seeded()), parts.kmeans_batched(x, 20, w, seeded())
-    monkeypatch.setattr(parts, "BLOCK", 32)
-    monkeypatch.setattr(parts, "BATCH", 1000)
-    cut = parts.kmeans(x, 20, seeded()), parts.kmeans_batched(x, 20, w, seeded())
-    assert all(torch.equal(a.assignment, b.assignment) for a, b in zip(whole, cut))
-
-
-@pytest.mark.parametrize("n, d", [(2048, 64), (100, 5), (37, 3), (7, 2)])
-def test_scores_are_the_matrix_product(n, d):
-    x, c = torch.randn(n, d, generator=seeded()), torch.randn(11, d, generator=seeded(1))
-    half = c.square().sum(1) / 2
-    assert torch.allclose(parts.scores(x, c, half), x @ c.t() - half, atol=1e-4)
-
-
 def test_clusters_become_tasks():
     x, group = blobs(1000, 10, 20, 0.1)
     found = parts.cluster_partitions(x, 25, 4, seeded(), least=6, way=5)
     assert found.shape == (4, 1000) and found.dtype == torch.int16
-    assert parts.inspect(found[0], group).nmi > 0.9
+    assert inspection.inspect(found[0], group).nmi > 0.9
     assert not torch.equal(found[1], found[2])
     images = ImageSet(torch.zeros(1000, 1, 2, 2, dtype=torch.uint8), group, ["x"] * 20, [], "blobs", "train")
     assert PartitionTasks(images, found).sample(8, 5, 1, 5, seeded()).query.shape == (8, 5, 5, 1, 2, 2)
@@ -334,7 +179,7 @@ def test_impossible_hyperplanes_are_refused():
         parts.hyperplane_partitions(z, 100, 3, seeded(), least=6, tries=2)
 
 
-# chance, pixels, inspection
+# chance and pixels
 
 
 def test_random_partitions_are_uniform_and_independent():
@@ -359,57 +204,12 @@ def test_zca_is_the_recipe():
     assert torch.allclose(values[1:], torch.ones(24), atol=1e-2)  # white, but for the mean that was taken away
 
 
-def test_purity_and_nmi():
-    g = seeded()
-    labels = torch.randint(6, (400,), generator=g)
-    partition = torch.where(torch.rand(400, generator=g) < 0.6, labels * 2, torch.randint(15, (400,), generator=g))
-    partition[:30] = -1
-    found = parts.inspect(partition.to(torch.int16), labels)
-    p, y = partition[30:].numpy(), labels[30:].numpy()
-    assert found.nmi == pytest.approx(normalized_mutual_info_score(y, p))
-    assert found.purity == pytest.approx(sum(np.bincount(y[p == c]).max() for c in np.unique(p)) / 370)
-    assert found.left_out == 30 and found.sizes.tolist() == [int((p == c).sum()) for c in np.unique(p)]
-    assert f"{len(found.sizes)} classes of" in str(found) and "30 images left out" in str(found)
-
-
-def test_nmi_at_its_ends():
-    labels = torch.arange(40) % 4
-    same, one = parts.inspect(3 - labels, labels), parts.inspect(torch.zeros(40).long(), labels)
-    assert (same.purity, same.nmi) == (1, pytest.approx(1))
-    assert (one.purity, one.nmi) == (0.25, pytest.approx(0, abs=1e-9))
-    assert parts.inspect(torch.zeros(5).long(), torch.zeros(5).long()).nmi == 1
-
-
-def test_bad_comparisons_are_refused():
-    with pytest.raises(ValueError, match=r"partition \[2, 4\] cannot be compared with labels \[4\]"):
-        parts.inspect(torch.zeros(2, 4), torch.zeros(4))
-    with pytest.raises(ValueError, match="leaves all 4 images out"):
-        parts.inspect(-torch.ones(4), torch.zeros(4))
-
-
 def test_impossible_sizes_are_refused():
     for wrong in (lambda: parts.random_partitions(50, 0, 2, seeded()),
                   lambda: parts.random_partitions(50, 3, 0, seeded()),
                   lambda: parts.hyperplane_partitions(torch.rand(50, 4), 1, 2, seeded(), least=2)):  # fmt: skip
         with pytest.raises(ValueError, match="asked for; at least one of"):
             wrong()
-
-
-def test_clusters_are_shown_from_the_purest_or_the_largest():
-    pytest.importorskip("matplotlib").use("Agg")
-    from umeta_core.plots import show_clusters
-
-    partition = torch.tensor([0] * 4 + [1] * 6 + [2] * 5 + [3] * 2 + [-1])
-    labels = torch.tensor([7, 7, 7, 7, 1, 1, 1, 2, 2, 3, 5, 5, 5, 5, 6, 8, 8, 9])
-    images = partition.clamp(min=0).mul(60).byte().view(-1, 1, 1, 1).expand(-1, 1, 4, 4)  # the cluster is its gray
-    for given, order, numbers in ((labels, [0, 2, 1], ["1.00", "0.80", "0.50"]), (None, [1, 2, 0], ["6", "5", "4"])):
-        figure = show_clusters(images, partition, given, clusters=3, members=4, generator=seeded())
-        shown = [[round(float(ax.images[0].get_array().mean()) * 255 / 60) for ax in figure.axes[4 * i : 4 * i + 4]]
-                 for i in range(3)]  # fmt: skip
-        assert shown == [[c] * 4 for c in order]
-        assert [figure.axes[4 * i].texts[0].get_text() for i in range(3)] == numbers
-    with pytest.raises(ValueError, match="3 clusters have 4 members, 5 are to be shown"):
-        show_clusters(images, partition, members=4)
 
 
 def test_each_partition_is_clustered_under_its_own_metric():

@@ -21,6 +21,7 @@ from . import shared_fits
 from .data import COUNTS, ImageSet, load
 from .embeddings.base import Embedding, read
 from .embeddings.deepcluster import pca_whitening
+from .kmeans import kmeans
 from .packs import alone, cache_folder, load_tensors, save_tensors
 from .pickles import read_embeddings
 from .readers import MINI_IMAGENET
@@ -426,7 +427,7 @@ def centroids(row: Row, scale: str, device="cpu", folder=None) -> Tensor:
     with alone(path):
         if not path.exists():
             restarts = 10 if scale == "full" else 1
-            made = parts.kmeans(z, k, torch.Generator(device=device).manual_seed(0), restarts=restarts).centroids
+            made = kmeans(z, k, torch.Generator(device=device).manual_seed(0), restarts=restarts).centroids
             save_tensors({"centroids": made.cpu(), **mark}, path)
     stored = load_tensors(path, "centroids file")
     _check_vectors(path, stored, mark)

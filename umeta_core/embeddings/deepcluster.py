@@ -193,7 +193,8 @@ class DeepCluster(Embedding):
 
     def start_epoch(self, images, epoch, epochs, generator) -> Tensor:
         """New pseudo-labels, a new last layer, and an order in which all clusters are equally frequent."""
-        from ..partitions import inspect, kmeans
+        from ..inspection import inspect
+        from ..kmeans import kmeans
 
         self.final = False
         z, before = self._whitened(images), self.labels
