@@ -16,7 +16,7 @@ import torch
 
 from umeta_core import cli, costs, experiments, results, rows, snapshots, stages
 from umeta_core.cli import main
-from umeta_core.packs import save_tensors
+from umeta_core.storage import save_tensors
 
 SMALL = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(results.REPOSITORY)}
 

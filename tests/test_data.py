@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from umeta_core import data, omniglot, packs, readers
+from umeta_core import data, omniglot, packs, readers, storage
 from umeta_core.attributes import attribute_prototypes
 from umeta_core.episodes import PartitionTasks
 
@@ -109,7 +109,7 @@ def test_omniglot_folder_and_pack_agree(tmp_path):
     assert torch.equal(from_folder.images, expected.to(torch.uint8))
     assert torch.equal(from_pack.images, from_folder.images)
     assert from_pack.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    evaluation, split = packs.read_archive(path, "is_evaluation", "vinyals_split")
+    evaluation, split = storage.read_archive(path, "is_evaluation", "vinyals_split")
     assert evaluation.tolist() == [False, False, False, True] and split.tolist() == [0, 0, 1, 2]
 
 
@@ -271,7 +271,7 @@ def test_packing_imagenet_goes_on_after_an_interruption(tmp_path, monkeypatch):
             return read(source, *arguments)
         return one
 
-    monkeypatch.setattr(packs.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(storage.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(packs, "read_image", until(7))
     with pytest.raises(KeyboardInterrupt):
         data.pack("imagenet", tmp_path, out)
@@ -308,7 +308,7 @@ def test_imagenet_errors(tmp_path, monkeypatch):
         data.load("imagenet", path=tmp_path)
     write_imagenet(tmp_path / "folder")
     with monkeypatch.context() as patch:
-        patch.setattr(packs.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
+        patch.setattr(storage.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
         with pytest.raises(OSError, match="0.0 GB free, imagenet.npy needs 0.0 GB: .*--out"):
             data.pack("imagenet", tmp_path / "folder", tmp_path)
     array, archive = data.pack("imagenet", tmp_path / "folder" / "train", tmp_path)  # the folder train/ itself will do
@@ -317,8 +317,8 @@ def test_imagenet_errors(tmp_path, monkeypatch):
     (line,) = data.check("imagenet", tmp_path)
     assert line["ok"] is False and "5 classes, 20 images (4 to 4 a class), 224x224, uint8" in line["detail"]
     assert data.info("imagenet")["size"] == 224
-    labels, names, stamp = packs.read_archive(archive, "labels", "class_names", "stamp")
-    packs.write_archive(archive, labels=labels[:-1], class_names=names, stamp=stamp)
+    labels, names, stamp = storage.read_archive(archive, "labels", "class_names", "stamp")
+    storage.write_archive(archive, labels=labels[:-1], class_names=names, stamp=stamp)
     with pytest.raises(ValueError, match="20 images in imagenet.npy and 19 labels"):
         data.load("imagenet", path=tmp_path)
     array.write_bytes(array.read_bytes()[:-100])
@@ -339,7 +339,7 @@ def test_imagenet_leaves_out_the_classes_of_mini_imagenet():
         found = data.locate("mini_imagenet", split)
         if not found or found[1] != "pack":
             pytest.skip("needs the packs of mini-ImageNet: set UMETA_DATA to a folder that has them")
-        wnids = packs.read_archive(found[0] / f"mini_imagenet_{split}.npz", "wnids")[0]
+        wnids = storage.read_archive(found[0] / f"mini_imagenet_{split}.npz", "wnids")[0]
         assert sorted(map(str, wnids)) == sorted(ids)
 
 
@@ -524,7 +524,7 @@ def test_real_omniglot_protocols():
     ours = [omniglot.vinyals(*name.split("/")) for name in data.load("omniglot", "all").class_names]
     folder, layout = data.locate("omniglot")
     if layout == "pack":
-        assert ours == packs.read_archive(folder / "omniglot.npz", "vinyals_split")[0].tolist()
+        assert ours == storage.read_archive(folder / "omniglot.npz", "vinyals_split")[0].tolist()
 
 
 @pytest.mark.parametrize("name, splits", [
@@ -743,16 +743,16 @@ def test_damaged_torchvision_copy(tmp_path):
 
 def test_writes_are_atomic(tmp_path):
     path = tmp_path / "pack.npz"
-    packs.write_archive(path, a=np.arange(3))
+    storage.write_archive(path, a=np.arange(3))
 
     def interrupted():
-        with packs.atomic(path) as temporary:
+        with storage.atomic(path) as temporary:
             temporary.write_bytes(b"half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert list(tmp_path.iterdir()) == [path] and packs.read_archive(path, "a")[0].tolist() == [0, 1, 2]
+    assert list(tmp_path.iterdir()) == [path] and storage.read_archive(path, "a")[0].tolist() == [0, 1, 2]
 
 
 def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
@@ -761,7 +761,7 @@ def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
         file.write_text("half")
         if file is not fresh:
             os.utime(file, (0, 0))
-    packs.write_json([1], tmp_path / "a[b].pt")
+    storage.write_json([1], tmp_path / "a[b].pt")
     assert not left.exists() and fresh.exists() and other.exists()
 
 
@@ -772,11 +772,11 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         except OSError:
             raise RuntimeError("[enforce fail at inline_container.cc:672]")  # noqa: B904, as torch.save does
 
-    packs.save_tensors({"a": torch.zeros(2)}, tmp_path / "a.pt")
+    storage.save_tensors({"a": torch.zeros(2)}, tmp_path / "a.pt")
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="cannot write .*a.pt: .*No space left on device"):
-        packs.save_tensors({"a": torch.ones(2)}, tmp_path / "a.pt")
-    assert packs.load_tensors(tmp_path / "a.pt", "file")["a"].sum() == 0 and len(list(tmp_path.iterdir())) == 1
+        storage.save_tensors({"a": torch.ones(2)}, tmp_path / "a.pt")
+    assert storage.load_tensors(tmp_path / "a.pt", "file")["a"].sum() == 0 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_renamed_folder_is_read_anew(tmp_path, cache):
@@ -795,9 +795,9 @@ def test_a_renamed_folder_is_read_anew(tmp_path, cache):
 
 def test_an_atomic_write_syncs_a_file_that_is_open_for_writing(tmp_path, monkeypatch):
     """Windows refuses others."""
-    monkeypatch.setattr(packs.os, "fsync", lambda descriptor: os.write(descriptor, b""))
-    packs.write_archive(tmp_path / "pack.npz", a=np.arange(3))
-    assert packs.read_archive(tmp_path / "pack.npz", "a")[0].tolist() == [0, 1, 2]
+    monkeypatch.setattr(storage.os, "fsync", lambda descriptor: os.write(descriptor, b""))
+    storage.write_archive(tmp_path / "pack.npz", a=np.arange(3))
+    assert storage.read_archive(tmp_path / "pack.npz", "a")[0].tolist() == [0, 1, 2]
 
 
 def test_unwritable_cache_names_the_way_out(tmp_path, monkeypatch):
@@ -840,7 +840,7 @@ def test_import_needs_only_torch_and_numpy(cache):
     code = ("import sys\n"
             "for name in ('PIL', 'torchvision', 'sklearn', 'tqdm', 'platformdirs', 'matplotlib'):\n"
             "    sys.modules[name] = None\n"
-            "import umeta_core.data, umeta_core.attributes; print(umeta_core.packs.cache_folder())")
+            "import umeta_core.data, umeta_core.attributes; print(umeta_core.storage.cache_folder())")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == str(cache), done.stderr
 
@@ -856,8 +856,8 @@ def test_no_image_of_cifar10_is_trained_and_validated_on(tmp_path):
 
 def test_a_pack_whose_offsets_do_not_fit_is_refused(tmp_path):
     packs.encode_pack(tmp_path / "a.npz", random_images(3))
-    header, rest, offsets = packs.read_archive(tmp_path / "a.npz", "jpeg_header", "jpeg_data", "offsets")
-    packs.write_archive(tmp_path / "a.npz", jpeg_header=header, jpeg_data=np.append(rest, rest[:9]), offsets=offsets)
+    header, rest, offsets = storage.read_archive(tmp_path / "a.npz", "jpeg_header", "jpeg_data", "offsets")
+    storage.write_archive(tmp_path / "a.npz", jpeg_header=header, jpeg_data=np.append(rest, rest[:9]), offsets=offsets)
     with pytest.raises(ValueError, match="offsets do not fit its data"):
         packs.decode_pack(tmp_path / "a.npz", 84)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from umeta_core.embeddings.base import Embedding, read
 from umeta_core.embeddings.bigan import BiGAN, ConvBiGAN, bigan_losses, squash
 from umeta_core.embeddings.simple import PCAPixels, RandomNetwork
-from umeta_core.packs import save_tensors
+from umeta_core.storage import save_tensors
 from umeta_core.training import NonFiniteLoss
 
 

@@ -28,7 +28,7 @@ from umeta_core.glyphs import (
     signed_distance,
     unpack,
 )
-from umeta_core.packs import cache_folder
+from umeta_core.storage import cache_folder
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,10 @@ from umeta_core.episodes import PartitionTasks
 from umeta_core.evaluation import evaluate
 from umeta_core.experiments import early_stopping, run_row, train_row, training_tasks, untrained
 from umeta_core.meta_gmvae import MetaGMVAE
-from umeta_core.packs import save_tensors
 from umeta_core.results import matches, published
 from umeta_core.rows import ROWS, find_row
 from umeta_core.snapshots import select, selected, snapshots_of, take
+from umeta_core.storage import save_tensors
 
 OURS = [row for row in ROWS if row.paper == "meta_gmvae"]
 

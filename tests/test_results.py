@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from umeta_core import packs, results
+from umeta_core import results, storage
 from umeta_core.experiments import plain
 from umeta_core.results import (
     compare,
@@ -258,7 +258,7 @@ def test_records_are_written_in_one_step(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(packs.os, "replace", fail)
+    monkeypatch.setattr(storage.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_record(record(accuracy=1.0), tmp_path)
     assert path.read_text() == before and [file.name for file in path.parent.iterdir()] == [path.name]

@@ -15,8 +15,8 @@ from umeta_core.embeddings.deepcluster import pca_whitening
 from umeta_core.episodes import PartitionTasks
 from umeta_core.evaluation import Evaluation, evaluate
 from umeta_core.experiments import early_stopping, run_row, training_tasks
-from umeta_core.packs import save_tensors
 from umeta_core.rows import EMBEDDINGS, find_row
+from umeta_core.storage import save_tensors
 from umeta_core.training import read_checkpoint, train
 
 

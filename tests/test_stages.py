@@ -17,7 +17,6 @@ from umeta_core.embeddings.bigan import BiGAN
 from umeta_core.embeddings.simclr import SimCLR
 from umeta_core.evaluation import interval
 from umeta_core.experiments import _queries, run_row, some_labels, training_tasks
-from umeta_core.packs import save_tensors
 from umeta_core.readers import MINI_IMAGENET
 from umeta_core.results import (
     REPOSITORY,
@@ -32,6 +31,7 @@ from umeta_core.results import (
 )
 from umeta_core.rows import EMBEDDINGS, ROWS, embedding_plan, find_row
 from umeta_core.rows.leo import BEST_TRIAL
+from umeta_core.storage import save_tensors
 
 
 @pytest.fixture(scope="module")

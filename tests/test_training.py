@@ -15,8 +15,8 @@ from umeta_core.episodes import PartitionTasks
 from umeta_core.evaluation import evaluate
 from umeta_core.maml import MAML
 from umeta_core.networks import Conv4
-from umeta_core.packs import alone
 from umeta_core.protonets import ProtoNet
+from umeta_core.storage import alone
 from umeta_core.training import NonFiniteLoss, read_checkpoint, train
 
 
@@ -344,7 +344,7 @@ def test_files_that_several_processes_make_are_made_one_at_a_time(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from umeta_core.packs import alone
+from umeta_core.storage import alone
 path = Path(sys.argv[1])
 with alone(path):
     if not path.exists():

@@ -8,8 +8,8 @@ import torch
 from umeta_core import stages
 from umeta_core.embeddings.vgg import VGG19
 from umeta_core.experiments import run_row
-from umeta_core.packs import save_tensors
 from umeta_core.rows import find_row
+from umeta_core.storage import save_tensors
 
 
 def images(n, channels):

@@ -174,7 +174,7 @@ def _data_check(arguments) -> int:
 
 def _data_pack(arguments) -> None:
     from .data import pack
-    from .packs import cache_folder
+    from .storage import cache_folder
 
     for path in pack(arguments.name, arguments.folder, arguments.out or cache_folder() / arguments.name):
         print(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import omniglot, packs, readers
+from . import omniglot, packs, readers, storage
 
 SPLITS = ("train", "val", "test", "all")
 
@@ -139,7 +139,7 @@ def load(name, split="train", *, path=None, size=None, protocol=None, device="cp
         "cifar10", "celeba" or "digits".
     split: "train", "val", "test", or "all" (everything; Omniglot then without rotations).
     path: folder (or one of the files in it) to read from. Without it the data set is looked for in $UMETA_DATA, then in
-        the cache folder (`umeta_core.packs.cache_folder`), then torchvision downloads it there, unless download=False.
+        the cache folder (`storage.cache_folder`), then torchvision downloads it there, unless download=False.
     size: height and width in pixels; other than the data set's own, images are resized (antialiased bilinear).
         Omniglot and glyphs have 28 and 105, mini-ImageNet, tieredImageNet and CelebA 84, MNIST 28, CIFAR-10 32, digits
         8. ImageNet has 224 and is not resized: it does not fit memory and stays in its file (ImageSet.mapped). A split
@@ -239,7 +239,7 @@ def places(name, path=None):
         folder = path.parent if path.is_file() else path
         return [folder, folder / name]
     roots = [Path(os.environ["UMETA_DATA"]).expanduser()] if os.environ.get("UMETA_DATA") else []
-    return [root / name for root in (*roots, packs.cache_folder())]
+    return [root / name for root in (*roots, storage.cache_folder())]
 
 
 def required(name, split, part="both"):
@@ -268,7 +268,7 @@ def find(name, split="train", path=None, part="both", download=True):
     found = locate(name, split, path, part)
     failure = ""
     if found is None and download and path is None and name in readers.TORCHVISION:
-        with packs.alone(packs.cache_folder() / name):  # of several runs one downloads
+        with storage.alone(storage.cache_folder() / name):  # of several runs one downloads
             found = locate(name, split, path, part)
             failure = "" if found else fetch(name)
         found = found or locate(name, split, path, part)
@@ -288,7 +288,7 @@ def fetch(name):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
-        with packs.atomic_folder(packs.cache_folder() / name) as folder:
+        with storage.atomic_folder(storage.cache_folder() / name) as folder:
             for value in (True, False):
                 dataset(str(folder), **{option: value}, download=True)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; torchvision raises RuntimeError
@@ -300,7 +300,7 @@ def fetch(name):
 
 def missing(name, split, path, part, failure):
     """The message for a data set that is not there: what was looked for, where, and how to get it."""
-    home = Path(path) if path is not None else Path(os.environ.get("UMETA_DATA") or packs.cache_folder()) / name
+    home = Path(path) if path is not None else Path(os.environ.get("UMETA_DATA") or storage.cache_folder()) / name
     wanted = " or ".join(" + ".join(files) for files in required(name, split, part).values())
     looked = ", ".join(str(folder) for folder in places(name, path))
     unset = "" if path is not None or os.environ.get("UMETA_DATA") else " ($UMETA_DATA is not set)"
@@ -405,7 +405,7 @@ def check(name, path=None):
              for file in required(name, split, part)["pack"]]
     report = []
     for file in dict.fromkeys(files):
-        found, wanted = packs.sha256(file)[:16], SHA256[file.stem]
+        found, wanted = storage.sha256(file)[:16], SHA256[file.stem]
         detail = f"{found}, the known pack" if found == wanted else f"{found}, not the known pack {wanted}"
         report.append({"what": f"sha256 of {file.name}", "ok": True if found == wanted else None, "detail": detail})
     for split, counts in COUNTS.get(name, dict.fromkeys(SPLITS[:3])).items():

@@ -26,7 +26,6 @@ from .leo import LEO
 from .maml import MAML
 from .meta_gmvae import FeatureDecoder, ImageDecoder, ImageEncoder, MetaGMVAE, UnlabeledSets
 from .networks import MLP, Conv4, LinearHead
-from .packs import alone
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, check_writable, own_folder, pack_counts, provenance, write_record
 from .rows import Row, embedding_plan
@@ -42,6 +41,7 @@ from .stages import (
     shown,
     vectors_file,
 )
+from .storage import alone
 from .training import read_checkpoint, train
 
 NOTEBOOKS = REPOSITORY / "notebooks" / "experiments"

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .packs import alone, atomic
-from .packs import progress as with_progress
+from .storage import alone, atomic
+from .storage import progress as with_progress
 
 VERSION = 1
 CONTENT_SHA256 = "2911c28d0beabe7ebf7b2ec8611e6c49f92ceeff266f2d5031dc751522fb9b1d"  # of images28 with seed 0

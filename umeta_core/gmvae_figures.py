@@ -17,9 +17,9 @@ from .data import load
 from .episodes import PartitionTasks
 from .evaluation import Evaluation, evaluate
 from .meta_gmvae import ImageDecoder, ImageEncoder, MetaGMVAE, UnlabeledSets
-from .packs import load_tensors, save_tensors, write_json
 from .results import check_writable, own_folder, provenance
 from .speed import tune_cpu
+from .storage import load_tensors, save_tensors, write_json
 from .training import train
 
 NETWORK = {"filters": 16, "latent": 16}

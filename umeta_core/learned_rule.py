@@ -268,7 +268,7 @@ class UpdateRule(nn.Module):
 
     def save(self, path: str | Path, **about) -> None:
         """Write theta and how it was made."""
-        from .packs import save_tensors
+        from .storage import save_tensors
 
         # Through JSON, since torch.__version__ is a class that a safe reader refuses.
         state = {"config": self.config, "theta": self.state_dict(), "about": json.loads(json.dumps(about))}
@@ -277,7 +277,7 @@ class UpdateRule(nn.Module):
     @classmethod
     def restore(cls, path: str | Path) -> UpdateRule:
         """The rule in a file that `save` wrote. Raises ValueError if it is no such file."""
-        from .packs import load_tensors
+        from .storage import load_tensors
 
         try:
             state = load_tensors(path, "update rule")

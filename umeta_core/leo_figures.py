@@ -31,10 +31,10 @@ from .leo_regression import (
     distances,
     tasks_by_belief,
 )
-from .packs import write_json
 from .results import SCALES, check_writable, own_folder, provenance
 from .rows import Row, find_row
 from .speed import tune_cpu
+from .storage import write_json
 from .training import train
 
 PERCENTILES = (5, 25, 50, 75, 95)

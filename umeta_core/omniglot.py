@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import packs
+from . import packs, storage
 
 # (train, validation, test) characters; whether each rotation by a quarter turn is a class of its own.
 PROTOCOLS = {
@@ -74,7 +74,7 @@ def vinyals(alphabet, name):
 
 def read_pack(path):
     """Characters of the compact omniglot.npz."""
-    ink, alphabet, alphabet_names, names, evaluation = packs.read_archive(
+    ink, alphabet, alphabet_names, names, evaluation = storage.read_archive(
         path, "images_packed", "alphabet", "alphabet_names", "character_names", "is_evaluation")
     return Characters([str(alphabet_names[a]) for a in alphabet], [str(name) for name in names], evaluation,
                       ink.shape[1], lambda: ink, [Path(path)])
@@ -123,7 +123,7 @@ def images_at(characters, size):
             ink = np.unpackbits(packed[i : i + 50], axis=-1, count=105).reshape(-1, 1, 105, 105) * np.uint8(255)
             array[i : i + 50] = packs.resize(torch.from_numpy(ink), size).numpy().reshape(-1, drawings, size, size)
 
-    return packs.cached_array(f"omniglot{size}", characters.sources, (count, drawings, size, size), fill)
+    return storage.cached_array(f"omniglot{size}", characters.sources, (count, drawings, size, size), fill)
 
 
 def load(folder, layout, split, protocol, size):
@@ -151,7 +151,7 @@ def pack(folder, out):
     characters = read_folder(folder)
     alphabet_names = list(dict.fromkeys(characters.alphabets))
     out = Path(out) / "omniglot.npz"
-    packs.write_archive(
+    storage.write_archive(
         out, images_packed=characters.ink(), alphabet_names=np.array(alphabet_names),
         alphabet=np.array([alphabet_names.index(a) for a in characters.alphabets], np.int16),
         character_names=np.array(characters.names), is_evaluation=characters.is_evaluation,

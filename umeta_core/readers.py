@@ -13,7 +13,7 @@ import re
 import numpy as np
 import torch
 
-from . import packs
+from . import packs, storage
 
 SPLITS = ("train", "val", "test")
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "omniglot": "Omniglot"}
@@ -43,7 +43,7 @@ def glyphs(split, size):
     """The built-in characters; splits are by script."""
     from . import glyphs as built_in
 
-    drawn = built_in.glyphs(packs.cache_folder())
+    drawn = built_in.glyphs(storage.cache_folder())
     chosen = np.arange(len(drawn["split"])) if split == "all" else np.flatnonzero(drawn["split"] == SPLITS.index(split))
     if size <= 28:
         images = drawn["images28"][chosen]
@@ -105,13 +105,13 @@ def read_vision(name, folder, layout, part):
         return images, torch.as_tensor(data.targets, dtype=torch.int64), list(data.classes)
     if name == "cifar10":
         file = folder / f"cifar10_{part}.npz"
-        labels, names = packs.read_archive(file, "labels", "class_names")
+        labels, names = storage.read_archive(file, "labels", "class_names")
         images = packs.decode_pack(file, 32)
     else:
         file = folder / f"{name}.npz"
-        images, labels = packs.read_archive(file, f"x_{part}", f"y_{part}")
+        images, labels = storage.read_archive(file, f"x_{part}", f"y_{part}")
         images = images[:, None]
-        names = packs.read_archive(file, "class_names")[0] if name == "fashion_mnist" else range(10)
+        names = storage.read_archive(file, "class_names")[0] if name == "fashion_mnist" else range(10)
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)), list(map(str, names))
 
 
@@ -124,7 +124,7 @@ def part_of_imagenet(name, places):
     for split, (folder, layout) in places.items():
         if layout == "pack":
             file = folder / f"mini_imagenet_{split}.npz"
-            numbers, classes = packs.read_archive(file, "labels", "class_names")
+            numbers, classes = storage.read_archive(file, "labels", "class_names")
             decoded = packs.decode_pack(file, 84)
         elif layout == "pickles":
             decoded, numbers, classes = tiered_pickles(folder, split)
@@ -158,7 +158,7 @@ def tiered_pickles(folder, split):
                              "get both again")
         packs.decode(lambda i: io.BytesIO(np.asarray(pngs[i]).tobytes()), array, f"tiered_imagenet_{split}")
 
-    return packs.cached_array(f"tiered_imagenet_{split}", [images], (len(numbers), 3, 84, 84), fill), numbers, classes
+    return storage.cached_array(f"tiered_imagenet_{split}", [images], (len(numbers), 3, 84, 84), fill), numbers, classes
 
 
 def part_of_imagenet_files(name, folder, layout, split):
@@ -197,8 +197,8 @@ def imagenet(folder, split):
     Validation and test are the 16 and 20 classes of mini-ImageNet, training is all others (CACTUs, App. G). The
     superclass of a class says which split of mini-ImageNet has it: "mini_imagenet train" and so on, or "no mini".
     """
-    labels, names = packs.read_archive(folder / "imagenet.npz", "labels", "class_names")
-    images, names = packs.map_array(folder / "imagenet.npy"), list(map(str, names))
+    labels, names = storage.read_archive(folder / "imagenet.npz", "labels", "class_names")
+    images, names = storage.map_array(folder / "imagenet.npy"), list(map(str, names))
     if len(images) != len(labels):
         raise ValueError(f"{folder} has {len(images)} images in imagenet.npy and {len(labels)} labels in imagenet.npz: "
                          "pack it again")
@@ -239,12 +239,12 @@ def pack_imagenet(folder, out):
     files, labels = imagenet_files(folder)
     array, archive = out / "imagenet.npy", out / "imagenet.npz"
     stamp = hashlib.sha256("\n".join(f"{file.parent.name}/{file.name}" for file in files).encode()).hexdigest()[:16]
-    with packs.alone(array):  # of several runs one packs
-        if not (array.exists() and archive.exists() and packs.read_archive(archive, "stamp")[0] == stamp):
+    with storage.alone(array):  # of several runs one packs
+        if not (array.exists() and archive.exists() and storage.read_archive(archive, "stamp")[0] == stamp):
             array.unlink(missing_ok=True)  # of other files
             classes = list(dict.fromkeys(labels))
             number = {wnid: i for i, wnid in enumerate(classes)}
-            packs.write_archive(archive, labels=np.array([number[wnid] for wnid in labels], np.int16),
+            storage.write_archive(archive, labels=np.array([number[wnid] for wnid in labels], np.int16),
                                 class_names=np.array(classes), stamp=np.array(stamp))
             packs.append_images(array, files, 224, stamp)  # last, as the array has its name when it is whole
     return [array, archive]
@@ -256,7 +256,8 @@ def celeba(folder, layout, split, part):
         images, identity, attributes, names = read_celeba_full(folder, split)
     else:
         files = [folder / f"celeba_{p}.npz" for p in (("identity", "aligned") if part == "both" else (part,))]
-        columns = [packs.read_archive(file, "identity", "attributes", "partition", "attribute_names") for file in files]
+        lists = "identity", "attributes", "partition", "attribute_names"
+        columns = [storage.read_archive(file, *lists) for file in files]
         names = columns[0][3]
         identity, attributes, partition = (np.concatenate([column[i] for column in columns]) for i in range(3))
         rows = slice(None) if split == "all" else partition == SPLITS.index(split)

@@ -141,7 +141,7 @@ def check_writable(folder) -> None:
 
 def write_record(record: dict, folder=None) -> Path:
     """Check ``record``, write it in one step (a reader never sees half a file), and return its path."""
-    from .packs import write_json
+    from .storage import write_json
 
     check_record(record)
     path = record_path(record["paper"], record["row"], record["scale"], record["seed"], own_folder(folder))

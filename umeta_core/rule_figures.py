@@ -21,13 +21,13 @@ from .data import ImageSet, load, places
 from .episodes import PartitionTasks
 from .evaluation import evaluate
 from .learned_rule import ACTIVATIONS, UpdateRule
-from .packs import write_json
 from .results import check_writable, own_folder, provenance
 from .rule_baselines import ProtoMLP, ShuffledTasks, supervised_accuracy, vae_path
 from .rule_evaluation import Trial, pca_accuracy, pixel_accuracy, rule_curve, trial
 from .rule_learners import PESLearner, RuleLearner
 from .rule_tasks import Bucket, Curriculum, RuleTasks
 from .speed import tune_cpu
+from .storage import write_json
 from .training import read_checkpoint, train
 
 STEPS = (0, 50, 100, 200, 400)  # of the rule; accuracy is read at each

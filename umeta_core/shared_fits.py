@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from .embeddings.base import Embedding, read
-from .packs import atomic, save_tensors
 from .results import REPOSITORY
+from .storage import atomic, save_tensors
 
 FOLDER = REPOSITORY / "results" / "fits"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .packs import load_tensors, save_tensors, write_json
+from .storage import load_tensors, save_tensors, write_json
 
 
 def snapshots_of(checkpoint) -> Path:

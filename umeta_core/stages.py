@@ -22,11 +22,11 @@ from .data import COUNTS, ImageSet, load
 from .embeddings.base import Embedding, read
 from .embeddings.deepcluster import pca_whitening
 from .kmeans import kmeans
-from .packs import alone, cache_folder, load_tensors, save_tensors
 from .pickles import read_embeddings
 from .readers import MINI_IMAGENET
 from .rows import EMBEDDINGS, EmbeddingPlan, Row, embedding_plan
 from .speed import tune_cpu
+from .storage import alone, cache_folder, load_tensors, save_tensors
 
 
 def stages_folder(folder=None) -> Path:

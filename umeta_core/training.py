@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from .episodes import Episodes
-from .packs import load_tensors, save_tensors
 from .results import provenance
 from .snapshots import clear, take
 from .speed import world
+from .storage import load_tensors, save_tensors
 
 
 class NonFiniteLoss(ArithmeticError):

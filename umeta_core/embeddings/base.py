@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..data import as_floats
 from ..evaluation import evaluating
-from ..packs import load_tensors, save_tensors
 from ..results import provenance
+from ..storage import load_tensors, save_tensors
 from ..training import NonFiniteLoss
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checks import one_of
 from ..data import as_floats
 from ..evaluation import evaluating
-from ..packs import save_tensors
+from ..storage import save_tensors
 from .base import Embedding, read
 
 CHANNELS = (96, 256, 384, 384, 256)
