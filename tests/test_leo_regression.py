@@ -67,7 +67,7 @@ def literal_loss(model, xs, ys, xq, yq, code_noise, weight_noise):
     q, p = torch.distributions.Normal(mean, sigma), torch.distributions.Normal(0.0, 1.0)
     kl = (q.log_prob(start) - p.log_prob(start)).mean()
     penalty = ((z.detach() - start) ** 2).mean()
-    return error(decode(z, weight_noise[5]), xq, yq) + model.beta * kl + model.gamma * penalty
+    return error(decode(z, weight_noise[5]), xq, yq) + model.kl * kl + model.encoder_penalty * penalty
 
 
 def gradients(model, losses):
@@ -123,7 +123,7 @@ def to_double(batch):
 
 def test_meta_gradient_equals_finite_differences(double):
     # the encoder penalty stops a gradient on purpose and is left out; regularizers are in
-    model, batch = learner(gamma=0.0, l2=0.01, orthogonality=0.1), to_double(tasks(3))
+    model, batch = learner(encoder_penalty=0.0, l2=0.01, orthogonality=0.1), to_double(tasks(3))
     noise = model.noise(3, generator(1))
     grads = gradients(model, model.loss(batch, noise)[0])
     eps = 1e-6
@@ -141,7 +141,7 @@ def test_meta_gradient_equals_finite_differences(double):
 def test_encoder_penalty_reaches_the_encoder_and_relation_net_only():
     batch, grads = tasks(3), []
     for gamma in (0.0, 1.0):
-        model = learner(gamma=gamma)
+        model = learner(encoder_penalty=gamma)
         grads.append(gradients(model, model.loss(batch, model.noise(3, generator(1)))[0]))
     for name in grads[0]:
         same = torch.equal(grads[0][name], grads[1][name])
@@ -158,7 +158,7 @@ def test_regularizers():
 
 
 def test_adaptation_lowers_the_support_error():
-    model, batch = learner(inner_lr=0.005), tasks(200)
+    model, batch = learner(latent_lr=0.005), tasks(200)
     start = torch.randn(200, 16, generator=generator(1)).requires_grad_()
     # without the sampling of weights, whose noise hides the steps of an untrained decoder
     codes, weights = model.adapt(start, batch.support_x, batch.support_y, torch.zeros(6, 200, 1761))
@@ -331,7 +331,7 @@ def test_numbers_that_have_no_meaning_are_refused():
     with pytest.raises(ValueError, match="without noise the posterior is a point"):
         ExactPosterior(batch, 0.0)
     model = learner()
-    for steps in (-1, model.inner_steps + 1):
-        with pytest.raises(ValueError, match=f"adapts in 0 to {model.inner_steps} steps"):
+    for steps in (-1, model.latent_steps + 1):
+        with pytest.raises(ValueError, match=f"adapts in 0 to {model.latent_steps} steps"):
             model.predict(batch, batch.query_x, 2, generator(), steps=steps)
     assert model.loss(batch)[1].tolist() == [0.0, 0.0]  # a regression has no accuracy

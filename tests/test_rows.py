@@ -66,7 +66,7 @@ def test_clusters_follow_the_rule_of_the_learner(monkeypatch):
 def test_centroids_are_the_best_of_ten(tmp_path, monkeypatch):
     asked, row = [], find_row("matching-bigan", "glyphs")
     monkeypatch.setattr(stages, "vectors", lambda *_: torch.zeros(9, 2))
-    monkeypatch.setattr(stages.parts, "kmeans", lambda z, k, g, restarts: asked.append(restarts)
+    monkeypatch.setattr(stages, "kmeans", lambda z, k, g, restarts: asked.append(restarts)
                         or SimpleNamespace(centroids=z[:3]))  # fmt: skip
     for scale in ("smoke", "full"):
         stages.centroids(row, scale, folder=tmp_path)
@@ -419,7 +419,7 @@ def test_baselines_are_tuned_over_their_grids_on_other_tasks_than_the_test(monke
 
 
 def test_attribute_tasks_have_ten_images_of_each_class(monkeypatch):
-    """As the 4287, 391 and 402 prototypes of the paper, also where a task takes fewer."""
+    """Also where a task takes fewer: the same prototypes for all rows."""
     asked, names = [], [f"a{i:02}" for i in range(40)]
     faces = ImageSet(torch.zeros(4, 3, 1, 1, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ["1"], [], "celeba",
                      "train", torch.zeros(4, 40, dtype=torch.uint8), names)  # fmt: skip

@@ -10,8 +10,8 @@ def attribute_prototypes(images, attributes, r):
 
     A prototype is three attributes (in the order of `attributes`) and three Booleans, the first of them False: a task
     and the same with its two classes exchanged are one. Class 1 has all three values, class 0 has all three negated; a
-    prototype is kept if each class has at least `r` images. With r = 10 (5 support + 5 query) the paper counts 4287 for
-    the first 20 attributes on CelebA's training part, 391 for the next 10 on validation, 402 for the last 10 on test.
+    prototype is kept if each class has at least `r` images. The paper, which does not give r, counts 4287 for the first
+    20 attributes on CelebA's training part, 391 for the next 10 on validation, 402 for the last 10 on test.
 
     images: an ImageSet with `attributes`; attributes: names or columns. ValueError: no attributes, or an unknown one.
     """

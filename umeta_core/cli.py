@@ -368,7 +368,8 @@ def _print_list(rows, more, folder: Path) -> None:
         epochs, known = row.plan.epochs["full"], _duration(embedding_seconds(row, "full"))
         cost = f"{epochs} epochs, one thread {known}" if not row.plan.brought else "fitted by others"
         print(f"  embedding {row.fitted or row.embedding} of {row.dataset}: {cost}; shared by its rows")
-    print("costs are full runs without the embedding and its partitions; GPU figures are planned, not measured")
+    print("costs are full runs on a Zen 5, up to twice as long elsewhere, without the embedding and its partitions; "
+          "GPU figures are planned, not measured")
 
 
 def _row_line(row, numbers: list[dict], records: list[dict]) -> str:

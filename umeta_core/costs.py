@@ -26,10 +26,12 @@ _RATES = {
 def expected_seconds(row: Row, scale: str, device="cpu", training=True) -> float | None:
     """Rough seconds of one run with one thread (or one GPU), the embedding and its partitions not counted.
 
-    `training` False: without a training that the row shares with others. None: a residual network (ImageNet), which
-    nobody has timed.
+    `training` False: without a training that the row shares with others. None: nobody has timed it (a residual
+    network, a classifier of embeddings on a GPU).
     """
     if row.network.get("residual"):
+        return None
+    if row.learner in BASELINES and torch.device(device).type == "cuda":
         return None
     if row.learner in BASELINES:
         return 5 + {"mlp": 0.45, "linear": 0.05, "matching": 0.03}.get(row.learner, 0) * row.test_tasks[scale]

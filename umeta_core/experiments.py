@@ -123,7 +123,7 @@ def training_tasks(row: Row, scale: str, seed: int, device="cpu", stages=None):
     if row.source == "unlabeled":
         return UnlabeledSets(images, features)
     if row.source == "attributes":
-        least = max(10, row.least())  # the paper's 4287 prototypes have ten images in each class
+        least = max(10, row.least())  # as in testing; the authors' code takes K + Q, 6 for MAML
         return AttributeTasks(images, attribute_prototypes(images, sorted(images.attribute_names)[:20], least))
     if row.source in ("labels", "mixed"):
         labeled = PartitionTasks(images, some_labels(images, row.share, seed) if row.share else None, features)

@@ -66,8 +66,8 @@ class LEO(CountedNoise, nn.Module):
 
     The reference code has three more habits that the paper does not mention: the inner loss is the sum over the support
     set; the shifted deviation is 1e-10 for about half of all codes at first, so that they start without noise; the last
-    layer of the relation network is linear. Defaults of the weights are those of its configuration file, which nobody
-    tuned; `rows.leo` has the published ones.
+    layer of the relation network is linear. Defaults of the loss weights are those of its configuration file, which
+    nobody tuned (its dropout is 0.5); `rows.leo` has the published ones.
 
     Raises:
         ValueError: an unknown option, or a dropout that is not in [0, 1).
@@ -236,13 +236,8 @@ class LEO(CountedNoise, nn.Module):
         return self.classify(episodes.flat()[2], done.weights[-1])
 
     def divergence(self, done: Adaptation) -> Tensor:
-        """One-sample estimate ``[T]`` of KL(q(z) || N(0, I)) at the first codes. (eq-leo-kl)
-
-        ``log q = -log sigma - epsilon^2 / 2`` takes the sample's own epsilon: no division by a deviation of 1e-10.
-        """
-        z = done.codes[0]
-        elements = z.square() / 2 - done.noise.square() / 2 - done.sigma.log()
-        return self._reduce(elements)
+        """One-sample estimate ``[T]`` of KL(q(z) || N(0, I)) at the first codes. (eq-leo-kl)"""
+        return self._reduce(divergence(done.codes[0], done.sigma, done.noise))
 
     def penalty(self, done: Adaptation) -> Tensor:
         """Squared distance ``[T]`` of the first codes to the adapted ones, taken as constants. (eq-leo-penalty)"""
@@ -261,8 +256,7 @@ class LEO(CountedNoise, nn.Module):
 
         (eq-leo-orthogonality)
         """
-        rows = nn.functional.normalize(self.decoder, dim=1)
-        difference = rows @ rows.T - torch.eye(self.latent, dtype=rows.dtype, device=rows.device)
+        difference = off_orthogonal(self.decoder)
         return difference.square().mean() if self.reduce == "mean" else difference.norm()
 
     def step_sizes(self) -> tuple:
@@ -293,6 +287,20 @@ def deviation(s: Tensor, offset: float = 0.0) -> Tensor:
     Reference code, not in the paper.
     """
     return nn.functional.threshold(s.exp() - (1 - offset), 1e-10, 1e-10)
+
+
+def divergence(z: Tensor, sigma: Tensor, epsilon: Tensor) -> Tensor:
+    """log q(z) - log N(z; 0, I) of each number of the codes ``z = mean + sigma * epsilon``.
+
+    ``log q = -log sigma - epsilon^2 / 2`` takes the sample's own epsilon: no division by a deviation of 1e-10.
+    """
+    return z.square() / 2 - epsilon.square() / 2 - sigma.log()
+
+
+def off_orthogonal(weight: Tensor) -> Tensor:
+    """The cosines of the rows of ``[n, d]`` minus the identity: ``[n, n]``."""
+    rows = nn.functional.normalize(weight, dim=1)
+    return rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
 
 
 def support_loss(logits: Tensor, y: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import one_of
-from .leo import LEO, deviation
+from .leo import LEO, deviation, divergence, off_orthogonal
 from .networks import glorot_uniform
 
 WIDTH = 40  # hidden units of the generated network 1-40-40-1
@@ -125,13 +125,13 @@ class LEORegression(nn.Module):
     Args:
         hidden: units of every hidden layer; encoder_hidden: those of the encoder, if they are others (16 in the paper's
             Table 3, against 32 in its text); latent: size of the code.
-        inner_steps: latent gradient steps on the mean squared error of the support set; no fine-tuning.
-        inner_lr: start of the learned rates, one per latent dimension.
+        latent_steps: latent gradient steps on the mean squared error of the support set; no fine-tuning.
+        latent_lr: start of the learned rates, one per latent dimension.
         inner_clip: bound on the norm of each task's latent gradient. Without it the rates grow until single tasks
             diverge.
-        beta: weight of KL(q(z) || N(0, I)), a one-sample estimate, mean over the dimensions, as in the released code
+        kl: weight of KL(q(z) || N(0, I)), a one-sample estimate, mean over the dimensions, as in the released code
             for classification.
-        gamma: weight of the encoder penalty, mean over the dimensions.
+        encoder_penalty: weight of the encoder penalty, mean over the dimensions.
         l2: lambda_1, of half the sum of squares of all weights; orthogonality: lambda_2, see
             `orthogonality_penalty`.
         code_offset, weight_offset: standard deviations where the network says 0, see `leo.deviation`.
@@ -142,13 +142,13 @@ class LEORegression(nn.Module):
         self,
         hidden: int = 32,
         latent: int = 16,
-        inner_steps: int = 5,
-        inner_lr: float = 0.02,
+        latent_steps: int = 5,
+        latent_lr: float = 0.02,
         *,
         encoder_hidden: int | None = None,
         inner_clip: float = 5.0,
-        beta: float = 0.05,
-        gamma: float = 1e-4,
+        kl: float = 0.05,
+        encoder_penalty: float = 1e-4,
         l2: float = 0.0,
         orthogonality: float = 0.0,
         code_offset: float = 0.1,
@@ -164,8 +164,8 @@ class LEORegression(nn.Module):
         self.encoder = matrices(2, width, width, latent)
         self.relation = matrices(2 * latent, hidden, hidden, 2 * latent)
         self.decoder = matrices(latent, hidden, hidden, 2 * WEIGHTS)
-        self.rates = nn.Parameter(torch.full((latent,), inner_lr))
-        self.inner_steps, self.inner_clip, self.beta, self.gamma = inner_steps, inner_clip, beta, gamma
+        self.rates = nn.Parameter(torch.full((latent,), latent_lr))
+        self.latent_steps, self.inner_clip, self.kl, self.encoder_penalty = latent_steps, inner_clip, kl, encoder_penalty
         self.l2, self.orthogonality = l2, orthogonality
         self.code_offset, self.weight_offset = code_offset, weight_offset
 
@@ -193,7 +193,7 @@ class LEORegression(nn.Module):
         """All the noise of one adaptation of `tasks` tasks."""
         like = {"generator": generator, "device": self.rates.device, "dtype": self.rates.dtype}
         code = torch.randn(tasks, len(self.rates), **like)
-        return Noise(code, torch.randn(self.inner_steps + 1, tasks, WEIGHTS, **like))
+        return Noise(code, torch.randn(self.latent_steps + 1, tasks, WEIGHTS, **like))
 
     def adapt(
         self, z: Tensor, x: Tensor, y: Tensor, noise: Tensor, create_graph: bool = False
@@ -226,9 +226,9 @@ class LEORegression(nn.Module):
         mean, std = self.encode(batch.support_x, batch.support_y)
         start = torch.addcmul(mean, std, noise.code)
         codes, weights = self.adapt(start, batch.support_x, batch.support_y, noise.weights, create_graph=True)
-        kl = (start.square() / 2 - noise.code.square() / 2 - std.log()).mean(1)
+        kl = divergence(start, std, noise.code).mean(1)
         penalty = (codes[-1].detach() - start).square().mean(1)
-        losses = squared_error(weights[-1], batch.query_x, batch.query_y) + self.beta * kl + self.gamma * penalty
+        losses = squared_error(weights[-1], batch.query_x, batch.query_y) + self.kl * kl + self.encoder_penalty * penalty
         return losses + self.regularizer(), torch.zeros_like(kl)
 
     def regularizer(self) -> Tensor:
@@ -256,9 +256,9 @@ class LEORegression(nn.Module):
         """
         x = x.expand(len(batch), -1)
         inputs = [v.repeat(samples, 1).split(CHUNK) for v in (batch.support_x, batch.support_y, x)]
-        steps = self.inner_steps if steps is None else steps
-        if not 0 <= steps <= self.inner_steps:
-            raise ValueError(f"steps={steps}: this learner adapts in 0 to {self.inner_steps} steps")
+        steps = self.latent_steps if steps is None else steps
+        if not 0 <= steps <= self.latent_steps:
+            raise ValueError(f"steps={steps}: this learner adapts in 0 to {self.latent_steps} steps")
         curves = [self._predict(*chunk, generator, steps) for chunk in zip(*inputs)]
         return torch.cat(curves).view(samples, *x.shape)
 
@@ -299,8 +299,7 @@ def clip_norm(g: Tensor, bound: float) -> Tensor:
 
 def orthogonality_penalty(weight: Tensor) -> Tensor:
     """Mean squared difference between the cosines of the rows of ``[in, out]`` and the identity (LEO, Eq. 7)."""
-    rows = F.normalize(weight, dim=1)
-    return (rows @ rows.T - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)).square().mean()
+    return off_orthogonal(weight).square().mean()
 
 
 def distances(curves: Tensor, x: Tensor) -> Tensor:
