@@ -11,11 +11,12 @@ from umeta_core.augmentation import AugmentedTasks
 from umeta_core.baselines import LinearClassifier, MLPClassifier, NearestMean, NearestNeighbors, Ridge
 from umeta_core.data import ImageSet
 from umeta_core.embeddings.bigan import BiGAN
-from umeta_core.episodes import MixedTasks, PartitionTasks
+from umeta_core.episodes import MixedTasks, PartitionTasks, UnlabeledSets
 from umeta_core.evaluation import evaluate
+from umeta_core.gmvae_networks import ImageDecoder, ImageEncoder
 from umeta_core.leo import LEO
 from umeta_core.maml import MAML
-from umeta_core.meta_gmvae import ImageDecoder, ImageEncoder, MetaGMVAE, UnlabeledSets
+from umeta_core.meta_gmvae import MetaGMVAE
 from umeta_core.networks import Conv4
 from umeta_core.partitions import cluster_partitions, hyperplane_partitions
 from umeta_core.protonets import ProtoNet

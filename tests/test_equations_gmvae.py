@@ -9,7 +9,8 @@ from scratch import scratch_namespace
 
 from umeta_core.em import Mixture, em, labeled_start
 from umeta_core.episodes import Episodes
-from umeta_core.meta_gmvae import FeatureDecoder, ImageDecoder, ImageEncoder, MetaGMVAE, SetBlock
+from umeta_core.gmvae_networks import FeatureDecoder, ImageDecoder, ImageEncoder, SetBlock
+from umeta_core.meta_gmvae import MetaGMVAE
 
 T, M, S, D, W, K, WAY = 2, 9, 4, 3, 8, 3, 3
 

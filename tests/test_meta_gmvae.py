@@ -9,18 +9,10 @@ from torch import nn
 
 from umeta_core.data import ImageSet
 from umeta_core.em import Mixture, em, labeled_start
-from umeta_core.episodes import Episodes, PartitionTasks
+from umeta_core.episodes import Episodes, PartitionTasks, UnlabeledSets
 from umeta_core.evaluation import evaluate
-from umeta_core.meta_gmvae import (
-    FeatureDecoder,
-    ImageDecoder,
-    ImageEncoder,
-    MetaGMVAE,
-    NormBlock,
-    SetBlock,
-    UnlabeledSets,
-    sides,
-)  # fmt: skip
+from umeta_core.gmvae_networks import FeatureDecoder, ImageDecoder, ImageEncoder, NormBlock, SetBlock, sides
+from umeta_core.meta_gmvae import MetaGMVAE
 from umeta_core.noise import noise_of_call
 from umeta_core.training import NonFiniteLoss, train
 

@@ -184,6 +184,33 @@ class MixedTasks:
         return Episodes(pick(a.support, b.support), pick(a.query, b.query))
 
 
+class UnlabeledSets:
+    """Episodes of images drawn with replacement from a pool, labels never looked at (reference code: RandomSampler).
+
+    `features` ``[n, d]``, float, are what the episodes show instead of the images.
+    """
+
+    def __init__(self, images: ImageSet, features: Tensor | None = None):
+        if features is not None and len(features) != len(images):
+            raise ValueError(f"the features are of {len(features)} images but {images.name} {images.split} has "
+                             f"{len(images)}")  # fmt: skip
+        if features is not None and not torch.isfinite(features).all():
+            raise ValueError("some features are not finite; fit the embedding again")
+        self.images = images
+        self.features = None if features is None else features.to(images.labels.device)
+
+    def sample(self, tasks: int, way: int, shot: int, query: int, generator: torch.Generator) -> Episodes:
+        """`tasks` sets of M = way * (shot + query) images; plainest with way 1, shot M, query 0."""
+        device = self.images.labels.device
+        shape = (tasks, way, shot + query)
+        index = torch.randint(len(self.images), shape, generator=generator, device=device)
+        if self.features is not None:
+            x = self.features[index]
+        else:
+            x = self.images.shown(index)
+        return Episodes(x[:, :, :shot], x[:, :, shot:])
+
+
 def running_example() -> Episodes:
     """The book's one fixed episode: 5-way 1-shot with 5 queries, from unseen scripts of the glyphs; T = 1."""
     from .data import load

@@ -19,12 +19,13 @@ from .attributes import AttributeTasks, attribute_prototypes
 from .augmentation import AugmentedTasks, auto_augment, umtra_drawings
 from .baselines import ClusterMatching, LinearClassifier, MLPClassifier, NearestMean, NearestNeighbors, Ridge, tune
 from .data import ImageSet, join, official
-from .episodes import MixedTasks, PartitionTasks
+from .episodes import MixedTasks, PartitionTasks, UnlabeledSets
 from .evaluation import Evaluation, evaluate, evaluate_curve
+from .gmvae_networks import FeatureDecoder, ImageDecoder, ImageEncoder
 from .latent_tasks import LatentTasks
 from .leo import LEO
 from .maml import MAML
-from .meta_gmvae import FeatureDecoder, ImageDecoder, ImageEncoder, MetaGMVAE, UnlabeledSets
+from .meta_gmvae import MetaGMVAE
 from .networks import MLP, Conv4, LinearHead
 from .protonets import ProtoNet
 from .results import REPOSITORY, SCALES, check_writable, own_folder, pack_counts, provenance, write_record
@@ -263,11 +264,12 @@ def _reading(learner, changes: dict, source, first, *, tasks: int, **task) -> di
     """The test with some attributes of the learner changed, which are put back; and task by task how it differs.
 
     The tasks are those of the `first` test, or the first of them if `changes` name fewer "tasks". If they name
-    "classes", the tasks are others and the two means independent; None: there are no such classes.
+    "classes", and perhaps another "query", the tasks are others and the two means independent; None: there are no such
+    classes.
     """
     changes = dict(changes)
     tasks = min(tasks, changes.pop("tasks", tasks))
-    ending = changes.pop("classes", None)
+    ending, task["query"] = changes.pop("classes", None), changes.pop("query", task["query"])
     if ending and not (source := _of_classes(source, ending)):
         return None
     before = {name: getattr(learner, name) for name in changes}

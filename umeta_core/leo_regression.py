@@ -165,7 +165,8 @@ class LEORegression(nn.Module):
         self.relation = matrices(2 * latent, hidden, hidden, 2 * latent)
         self.decoder = matrices(latent, hidden, hidden, 2 * WEIGHTS)
         self.rates = nn.Parameter(torch.full((latent,), latent_lr))
-        self.latent_steps, self.inner_clip, self.kl, self.encoder_penalty = latent_steps, inner_clip, kl, encoder_penalty
+        self.latent_steps, self.inner_clip = latent_steps, inner_clip
+        self.kl, self.encoder_penalty = kl, encoder_penalty
         self.l2, self.orthogonality = l2, orthogonality
         self.code_offset, self.weight_offset = code_offset, weight_offset
 
@@ -228,8 +229,9 @@ class LEORegression(nn.Module):
         codes, weights = self.adapt(start, batch.support_x, batch.support_y, noise.weights, create_graph=True)
         kl = divergence(start, std, noise.code).mean(1)
         penalty = (codes[-1].detach() - start).square().mean(1)
-        losses = squared_error(weights[-1], batch.query_x, batch.query_y) + self.kl * kl + self.encoder_penalty * penalty
-        return losses + self.regularizer(), torch.zeros_like(kl)
+        losses = squared_error(weights[-1], batch.query_x, batch.query_y)
+        losses = losses + self.kl * kl + self.encoder_penalty * penalty + self.regularizer()
+        return losses, torch.zeros_like(kl)
 
     def regularizer(self) -> Tensor:
         """``lambda_1 / 2 * sum of squares + lambda_2 * orthogonality``, the rates left out (LEO, Eq. 7)."""

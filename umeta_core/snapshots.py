@@ -72,10 +72,20 @@ def selected(folder, row: str) -> dict | None:
 
     Raises ValueError for a damaged file.
     """
+    step = chosen_step(folder, row)
+    return None if step is None else _weights(folder, step)
+
+
+def chosen_step(folder, row: str) -> int | None:
+    """After how many steps those weights were taken."""
     done = _validated(folder, row)
     values = dict(done.get("values", []))
-    chosen = done.get("chosen", max(values, key=values.get, default=None))
-    return None if chosen is None else _weights(folder, chosen)
+    return done.get("chosen", max(values, key=values.get, default=None))
+
+
+def last(folder, steps: int) -> dict:
+    """The weights after the last of `steps` steps."""
+    return _weights(folder, steps)
 
 
 def _validated(folder, row: str) -> dict:

@@ -318,7 +318,9 @@ class _Report:
         h, run = self.run.history, self.run
         text = "every loss of late was skipped"
         if h["loss"][-1] is not None:
-            text = f"loss {h['loss'][-1]:.4f} accuracy {100 * h['accuracy'][-1]:.1f} %"
+            text = f"loss {h['loss'][-1]:.4f}"
+            if any(h["accuracy"]):  # Meta-GMVAE and regressions have none
+                text += f" accuracy {100 * h['accuracy'][-1]:.1f} %"
         if h["validation"]:
             text += f" validation {h['validation'][-1][1]:.2f} %"
         if self.bar is not None:

@@ -113,7 +113,8 @@ def _closest(rows: list[Row], numbers: list[dict]) -> list[Row]:
     """The rows that depart in nothing; for a number that none of them measures, the first row that does."""
     kept = set()
     for number in numbers:
-        there = [row for row in rows if matches(number, vars(row))]
+        place = number["way"], number["shot"]
+        there = [row for row in rows if matches(number, vars(row)) and place in row.tests]
         kept |= {row.slug for row in [row for row in there if not row.departs] or there[:1]}
     return [row for row in rows if row.slug in kept]
 

@@ -110,6 +110,9 @@ EMBEDDINGS = {
     ("GAN", "mini_imagenet"): EmbeddingPlan("given", {"latent": 120}, _epochs(0, 0, 0)),
     # Meta-GMVAE, App. B.1
     ("SimCLR", "mini_imagenet"): EmbeddingPlan("simclr", {"normalize": True}, _epochs(1, 1, 400), batch=512),
+    ("plain SimCLR", "mini_imagenet"): EmbeddingPlan(
+        "simclr", {"normalize": True, "schedule": "cosine"}, _epochs(1, 1, 400), batch=512,
+        deviation="SimCLR with a plain cosine"),
     ("short SimCLR", "mini_imagenet"): EmbeddingPlan(
         "simclr", {"normalize": True, "autocast": True, "schedule": "cosine"}, _epochs(1, 1, 10), batch=512,
         deviation="SimCLR for 10 epochs, with a plain cosine, in bfloat16"),
