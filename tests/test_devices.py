@@ -11,6 +11,7 @@ from umeta_core.augmentation import AugmentedTasks
 from umeta_core.baselines import LinearClassifier, MLPClassifier, NearestMean, NearestNeighbors, Ridge
 from umeta_core.data import ImageSet
 from umeta_core.embeddings.bigan import BiGAN
+from umeta_core.embeddings.simclr import SimCLR
 from umeta_core.episodes import MixedTasks, PartitionTasks, UnlabeledSets
 from umeta_core.evaluation import evaluate
 from umeta_core.gmvae_networks import ImageDecoder, ImageEncoder
@@ -126,6 +127,15 @@ def test_meta_gmvae_trains_and_tests_on_a_gpu(images, inference):
               progress=False)
         tested = evaluate(model, PartitionTasks(images.to("cuda")), way=3, shot=1, query=2, tasks=20)
     assert len(tested.accuracies) == 20
+
+
+def test_simclr_draws_its_views_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 0))
+    x = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
+    with pretend():
+        model = SimCLR(3, 32).to("cuda")
+        model.fit(x.to("cuda"), epochs=1, batch=8, progress=False)
+        assert model.embed(x.to("cuda")).is_cuda
 
 
 def test_a_training_and_a_fit_go_on_from_their_checkpoints_on_a_gpu(images, tmp_path):

@@ -388,11 +388,11 @@ def test_wrong_settings_are_refused():
         VAE(size=32)
     with pytest.raises(ValueError, match="enlarges 4 times does not make 30x30"):
         VAE(size=30, layers=SMALL)
-    with pytest.raises(ValueError, match="not 'group'"):
+    with pytest.raises(ValueError, match="norm='group'"):
         VAE(norm="group")
     with pytest.raises(ValueError, match="divisible by 4, not 30x30"):
         MSGAN(size=30)
-    with pytest.raises(ValueError, match="not 'mean'"):
+    with pytest.raises(ValueError, match="ratio='mean'"):
         MSGAN(ratio="mean")
 
 

@@ -1,13 +1,16 @@
 """The numbers behind the chapter's figure of longer training, at a size that takes seconds."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from umeta_core import gmvae_figures
+from umeta_core.experiments import run_row
 from umeta_core.gmvae_figures import MODELS, longer
 from umeta_core.results import provenance
+from umeta_core.rows import find_row
 
 
 @pytest.fixture
@@ -52,6 +55,32 @@ def test_the_models_differ_in_their_switches_alone():
     models = [gmvae_figures.build(3, **gmvae_figures.OPTIONS, **switches) for switches in MODELS.values()]
     for model in models[1:]:
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), models[0].parameters(), strict=True))
+
+
+def test_images_are_packed_and_unpacked():
+    lists = [torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(n)) for n in (3, 1, 2)]
+    text = gmvae_figures.packed(lists)
+    for images, found in zip(lists, gmvae_figures.unpacked(text, [3, 1, 2], 6), strict=True):
+        assert torch.equal(found, (255 * images).round().byte())
+
+
+def test_components_are_those_of_the_trained_row(tmp_path, monkeypatch):
+    row = find_row("gmvae-5way-1shot-decode1-glyphs")
+    row = dataclasses.replace(row, shot=40, tasks=2, tests=((5, 1),), options=row.options | {"samples": 4})
+    monkeypatch.setattr(gmvae_figures, "find_row", lambda slug: row)
+    file = tmp_path / f"{row.slug}.pt"
+    run_row(row, "smoke", folder=tmp_path, checkpoint=file)
+    found = gmvae_figures.components(row.slug, file, columns=3, scale="smoke")
+    assert found["steps"] in (1, 2) and found["of"] == row.slug
+    json.dumps(found, allow_nan=False)
+    for part in ("training", "test"):
+        real = gmvae_figures.unpacked(found[part]["real"], found["counts"][part], found["size"])
+        made = gmvae_figures.unpacked(found[part]["generated"], [3] * 5, found["size"])
+        assert len(real) == len(made) == 5 and all(len(images) <= 3 for images in real)
+    assert [len(wrong) for wrong in found["test"]["wrong"]] == found["counts"]["test"]
+    sizes = {name: len(points["place"]) for name, points in found["maps"].items()}
+    assert sizes == {"training set": 40, "test task": 80, "one normal": 40}
+    assert found["maps"]["test task"]["component"][:5] == [0, 1, 2, 3, 4]
 
 
 def test_models_are_trained_on_the_training_scripts(tmp_path, monkeypatch):

@@ -12,11 +12,11 @@ from umeta_core.costs import expected_seconds
 from umeta_core.data import ImageSet
 from umeta_core.episodes import PartitionTasks
 from umeta_core.evaluation import evaluate
-from umeta_core.experiments import early_stopping, run_row, train_row, training_tasks, untrained
+from umeta_core.experiments import early_stopping, measure, run_row, train_row, training_file, training_tasks, untrained
 from umeta_core.meta_gmvae import MetaGMVAE
 from umeta_core.results import matches, published
 from umeta_core.rows import ROWS, find_row
-from umeta_core.snapshots import select, selected, snapshots_of, take
+from umeta_core.snapshots import last_weights, select, selected, snapshots_of, take
 from umeta_core.storage import save_tensors
 
 OURS = [row for row in ROWS if row.paper == "meta_gmvae"]
@@ -51,13 +51,26 @@ def test_a_model_is_trained_selected_and_read_in_four_ways(tmp_path):
     row = small("gmvae-5way-1shot-decode1-glyphs", test_samples=8)
     record = run_row(row, "smoke", folder=tmp_path)
     assert record["steps"] == 2 and len(record["validation"]) == 2
-    for cell in record["cells"]:
+    for cell, extra in zip(record["cells"], ({"last weights"}, set()), strict=True):
         assert 0 < cell["accuracy"] < 100
-        assert set(cell["readings"]) == {"diagonal E-step", "identity covariance", "inductive"}
+        assert set(cell["readings"]) == {"diagonal E-step", "identity covariance", "inductive"} | extra
         for reading in cell["readings"].values():
             assert abs(reading["accuracy"] - cell["accuracy"] - reading["difference"]) < 1e-3, "on the same tasks"
     model = untrained(row, 0)
     assert (model.covariance, model.e_step, model.inference) == ("diagonal", "identity", "transductive")
+
+
+def test_the_last_weights_are_tested_on_the_tasks_of_the_chosen_ones(tmp_path):
+    row = small("gmvae-5way-1shot-decode1-glyphs", test_samples=8)
+    run_row(row, "smoke", folder=tmp_path, checkpoint=tmp_path / f"{row.slug}.pt")
+    record = run_row(row, "smoke", folder=tmp_path / "again", checkpoint=tmp_path / f"{row.slug}.pt")
+    folder = snapshots_of(training_file(row, tmp_path / f"{row.slug}.pt"))
+    model = untrained(row, 0)
+    model.load_state_dict(last_weights(folder, 2))
+    cell = measure(replace(row, readings={}), model, "smoke", 0)[0]
+    reading = record["cells"][0]["readings"]["last weights"]
+    assert reading["accuracy"] == cell["accuracy"]
+    assert reading["difference"] == pytest.approx(cell["accuracy"] - record["cells"][0]["accuracy"], abs=1e-3)
 
 
 def test_selection_is_on_tasks_of_the_setting_and_not_of_training():
@@ -83,7 +96,8 @@ def test_mini_imagenet_rows_learn_on_features(tmp_path):
         save_tensors({"z": means[labels]}, stages.vectors_file(row, split, "smoke", tmp_path))
     record = run_row(row, "smoke", folder=tmp_path, stages=tmp_path)
     assert record["protocol"]["latent"] == 32 and record["cells"][0]["accuracy"] > 30
-    assert set(record["cells"][0]["readings"]) == {"diagonal E-step", "identity covariance", "inductive"}
+    assert set(record["cells"][0]["readings"]) == {
+        "diagonal E-step", "identity covariance", "inductive", "last weights"}  # fmt: skip
 
 
 def test_umtra_on_features_embeds_every_copy(tmp_path):

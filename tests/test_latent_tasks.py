@@ -380,9 +380,3 @@ def test_umtra_zeroes_half_of_the_pixels():
     x = torch.full((2000, 1, 13, 13), 200, dtype=torch.uint8)
     center = umtra_drawings(x, seeded())[:, :, 6, 6]  # no shift of up to 6 leaves it uncovered
     assert (center == 0).float().mean().item() == pytest.approx(0.5, abs=0.04)
-
-
-def test_photographs_are_augmented_by_the_policy_of_imagenet():
-    pytest.importorskip("torchvision")
-    x = photos(n=12, channels=3, side=20).images
-    assert torch.equal(auto_augment(x, seeded()), auto_augment(x, seeded(), "imagenet"))

@@ -15,7 +15,8 @@ from umeta_core.embeddings.deepcluster import pca_whitening
 from umeta_core.episodes import PartitionTasks
 from umeta_core.evaluation import Evaluation, evaluate
 from umeta_core.experiments import early_stopping, run_row, training_tasks
-from umeta_core.rows import EMBEDDINGS, find_row
+from umeta_core.results import matches, published
+from umeta_core.rows import EMBEDDINGS, ROWS, find_row, select_rows
 from umeta_core.storage import save_tensors
 from umeta_core.training import read_checkpoint, train
 
@@ -61,6 +62,19 @@ def test_clusters_follow_the_rule_of_the_learner(monkeypatch):
         row = find_row(slug)
         stages._partitions(row, "full", 500, row.stack("full"), row.least(), torch.zeros(22_000, 2), torch.Generator())
     assert asked == [{"enough": 0.8, "sizable": 16, "restarts": 3, "least": 16, "way": 20}, {"least": 6, "way": 20}]
+
+
+@pytest.mark.parametrize("paper, table", [("leo", "1"), ("leo", "2"), ("meta_gmvae", "2-left"), ("meta_gmvae", "9")])
+def test_a_table_asks_for_the_rows_that_measure_its_numbers_and_no_other(paper, table):
+    numbers = [n for n in published(paper) if n["table"] == table]
+
+    def measures(number, row):
+        return matches(number, vars(row)) and (number["way"], number["shot"]) in row.tests
+
+    rows = select_rows(paper, table)
+    assert all(any(measures(n, row) for n in numbers) for row in rows)
+    assert all(any(measures(n, row) for row in rows) for n in numbers
+               if any(measures(n, row) for row in ROWS if row.paper == paper))
 
 
 def test_centroids_are_the_best_of_ten(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import torch
 
-from .episodes import Episodes, sample_without_replacement
+from .episodes import Episodes, features_of, sample_without_replacement
 
 
 def attribute_prototypes(images, attributes, r):
@@ -38,15 +38,15 @@ class AttributeTasks:
     """Two-way tasks of CelebA: one of the prototypes, then R images of each of its two classes.
 
     images: an ImageSet with attributes; prototypes int64 [P, 3, 2] from `attribute_prototypes`, whose classes have at
-    least R members. Works without the P partitions, of which full CelebA's 4287 would fill 5 GB.
+    least R members; features as in `PartitionTasks`. Works without the P partitions, of which full CelebA's 4287 would
+    fill 5 GB. ValueError: no prototypes, or features of other images or with NaN.
     """
 
     def __init__(self, images, prototypes, features=None):
         if not len(prototypes):
             raise ValueError(f"no three attributes of {images.name} {images.split} ({len(images)} images) make two "
                              "classes that are large enough; take more images, or a smaller r")
-        self.images = images
-        self.features = None if features is None else features.to(images.attributes.device)
+        self.images, self.features = images, features_of(images, features)
         self.prototypes = prototypes.to(images.attributes.device)
 
     def sample(self, tasks, way, shot, query, generator):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import one_of
 from .data import ImageSet, as_floats
 from .episodes import Episodes, sample_without_replacement
 
@@ -43,17 +42,15 @@ def umtra_drawings(x: Tensor, generator: torch.Generator, reach: float = 6, zero
     return shift(zero_out(x, zeroed, generator), *offset, fill=0)
 
 
-def auto_augment(x: Tensor, generator: torch.Generator, policy: str = "imagenet") -> Tensor:
-    """torchvision's AutoAugment (Cubuk et al., 2019) of uint8 images ``[n, C, H, W]``, a policy for each image.
+def auto_augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """torchvision's AutoAugment (Cubuk et al., 2019) of uint8 images ``[n, C, H, W]``: UMTRA's on mini-ImageNet.
 
-    `policy`: "imagenet" (UMTRA on mini-ImageNet), "cifar10" or "svhn". The library takes its random numbers from
-    torch's global CPU generator, which is seeded from `generator` for the time being and restored. It works on the
-    CPU, image by image. ValueError: another policy.
+    The policy is ImageNet's, drawn anew for each image. The library takes its random numbers from torch's global CPU
+    generator, which is seeded from `generator` for the time being and restored. It works on the CPU, image by image.
     """
-    one_of("policy", policy, ("imagenet", "cifar10", "svhn"))
     from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-    augment = AutoAugment(AutoAugmentPolicy(policy))
+    augment = AutoAugment(AutoAugmentPolicy.IMAGENET)
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -357,6 +357,9 @@ def tune(
 
     Returns:
         The best value and ``{value: mean accuracy in percent}``, to be recorded with the result.
+
+    Raises:
+        ValueError: no values.
     """
     protocol = {"way": way, "shot": shot, "query": query, "tasks": tasks, "seed": seed, "max_images": max_images}
     accuracies = {value: evaluate(make(value), source, **protocol).mean for value in values}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import omniglot, packs, readers, storage
 
-SPLITS = ("train", "val", "test", "all")
+SPLITS = (*readers.SPLITS, "all")
 
 
 @dataclass
@@ -176,7 +176,7 @@ def load(name, split="train", *, path=None, size=None, protocol=None, device="cp
             raise ValueError(f"unknown Omniglot protocol {protocol!r}: choose from {', '.join(omniglot.PROTOCOLS)}")
         loaded = omniglot.load(*find(name, split, path, part, download), split, protocol, size)
     elif name in ("mini_imagenet", "tiered_imagenet"):
-        wanted = SPLITS[:3] if split == "all" else (split,)
+        wanted = readers.SPLITS if split == "all" else (split,)
         loaded = readers.part_of_imagenet(name, {each: find(name, each, path) for each in wanted})
     elif name == "imagenet":
         loaded = readers.imagenet(find(name, split, path)[0], split)
@@ -244,7 +244,7 @@ def places(name, path=None):
 
 def required(name, split, part="both"):
     """{layout: the relative paths that must be there for `split`}."""
-    splits = ("train", "val", "test") if split == "all" else (split,)
+    splits = readers.SPLITS if split == "all" else (split,)
     parts = ("identity", "aligned") if part == "both" else (part,)
     return {
         layout: tuple(dict.fromkeys(file.format(split=s, part=p) for file in files for s in splits for p in parts))
@@ -360,9 +360,9 @@ def info(name):
 def available(name, path=None):
     """{split: (folder, layout, part)} of the splits that are there; "built in" where no file is needed."""
     if not ABOUT[name].layouts:
-        return dict.fromkeys(SPLITS[:3], ("built in", "built in", "both"))
+        return dict.fromkeys(readers.SPLITS, ("built in", "built in", "both"))
     there = {}
-    for split in SPLITS[:3]:
+    for split in readers.SPLITS:
         for part in ("both", "identity", "aligned") if name == "celeba" else ("both",):
             if split not in there and (found := locate(name, split, path, part)):
                 there[split] = (*found, part)
@@ -381,7 +381,7 @@ def pack(name, folder, out):
         return readers.pack_imagenet(folder, out)
     if name not in ("omniglot", "mini_imagenet"):
         raise ValueError(f"no pack is made of {name}: choose omniglot, mini_imagenet or imagenet")
-    found = {split: find(name, split, folder) for split in SPLITS[:3]}
+    found = {split: find(name, split, folder) for split in readers.SPLITS}
     for there, layout in found.values():
         if layout == "pack":
             raise ValueError(f"{there} holds packs already: name the folder with the images")
@@ -408,7 +408,7 @@ def check(name, path=None):
         found, wanted = storage.sha256(file)[:16], SHA256[file.stem]
         detail = f"{found}, the known pack" if found == wanted else f"{found}, not the known pack {wanted}"
         report.append({"what": f"sha256 of {file.name}", "ok": True if found == wanted else None, "detail": detail})
-    for split, counts in COUNTS.get(name, dict.fromkeys(SPLITS[:3])).items():
+    for split, counts in COUNTS.get(name, dict.fromkeys(readers.SPLITS)).items():
         part = next(iter(there.values()))[2]
         try:
             images = load(name, split, path=path, part=part, download=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .data import ImageSet
+from .data import ImageSet, load
 
 
 @dataclass
@@ -78,6 +78,23 @@ def sample_without_replacement(counts: Tensor, r: int, generator: torch.Generato
     return chosen.gather(-1, order)
 
 
+def features_of(images: ImageSet, features: Tensor | None) -> Tensor | None:
+    """`features` ``[n, ...]`` on the device of the images; ValueError: they are of other images, or not finite."""
+    if features is None:
+        return None
+    features = torch.as_tensor(features).to(images.labels.device)
+    _check_rows("features are", len(features), images)
+    if not torch.isfinite(features).all():
+        bad = int((~torch.isfinite(features)).flatten(1).any(1).sum())
+        raise ValueError(f"{bad} of {len(features)} features are not finite; fit the embedding again")
+    return features
+
+
+def _check_rows(what: str, rows: int, images: ImageSet) -> None:
+    if rows != len(images):
+        raise ValueError(f"the {what} of {rows} images but {images.name} {images.split} has {len(images)}")
+
+
 class PartitionTasks:
     """Tasks whose classes are the classes of a partition: labels, clusters, hyperplane cells or chance.
 
@@ -96,17 +113,10 @@ class PartitionTasks:
     def __init__(self, images: ImageSet, partitions: Tensor | None = None, features: Tensor | None = None):
         if features is None and images.images.dtype != torch.uint8:
             raise ValueError(f"images are uint8, 0 to 255, not {images.images.dtype}; pass other numbers as features")
-        features = None if features is None else torch.as_tensor(features).to(images.labels.device)
         parts = images.labels if partitions is None else torch.as_tensor(partitions).to(images.labels.device)
         parts = parts.unsqueeze(0) if parts.dim() == 1 else parts
-        shown = len(images) if features is None else len(features)
-        for what, rows in (("partition is", parts.shape[1]), ("features are", shown)):
-            if rows != len(images):
-                raise ValueError(f"the {what} of {rows} images but {images.name} {images.split} has {len(images)}")
-        if features is not None and not torch.isfinite(features).all():
-            bad = int((~torch.isfinite(features)).flatten(1).any(1).sum())
-            raise ValueError(f"{bad} of {len(features)} features are not finite; fit the embedding again")
-        self.images, self.features = images, features
+        _check_rows("partition is", parts.shape[1], images)
+        self.images, self.features = images, features_of(images, features)
         classes = int(parts.max()) + 1
         if classes < 1:
             raise ValueError("the partition leaves every image out")
@@ -164,7 +174,7 @@ class MixedTasks:
     """Each task comes from `first` with probability `share`, else from `second` (CACTUs, App. G: semi-supervised MAML).
 
     Both sources show the same images or features; the paper mixes cluster tasks and labeled tasks in proportion to the
-    data behind them: 964 ImageNet classes to the 64 labeled ones of them.
+    data behind them: 964 ImageNet classes to the 64 labeled ones of them. ValueError: a share outside 0 to 1.
     """
 
     def __init__(self, first, second, share: float):
@@ -191,13 +201,7 @@ class UnlabeledSets:
     """
 
     def __init__(self, images: ImageSet, features: Tensor | None = None):
-        if features is not None and len(features) != len(images):
-            raise ValueError(f"the features are of {len(features)} images but {images.name} {images.split} has "
-                             f"{len(images)}")  # fmt: skip
-        if features is not None and not torch.isfinite(features).all():
-            raise ValueError("some features are not finite; fit the embedding again")
-        self.images = images
-        self.features = None if features is None else features.to(images.labels.device)
+        self.images, self.features = images, features_of(images, features)
 
     def sample(self, tasks: int, way: int, shot: int, query: int, generator: torch.Generator) -> Episodes:
         """`tasks` sets of M = way * (shot + query) images; plainest with way 1, shot M, query 0."""
@@ -213,6 +217,4 @@ class UnlabeledSets:
 
 def running_example() -> Episodes:
     """The book's one fixed episode: 5-way 1-shot with 5 queries, from unseen scripts of the glyphs; T = 1."""
-    from .data import load
-
     return PartitionTasks(load("glyphs", "test")).sample(1, 5, 1, 5, torch.Generator().manual_seed(7))

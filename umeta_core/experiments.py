@@ -6,10 +6,12 @@ One training serves all of a row's tests. The rows themselves are in `rows`, emb
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,9 +30,10 @@ from .maml import MAML
 from .meta_gmvae import MetaGMVAE
 from .networks import MLP, Conv4, LinearHead
 from .protonets import ProtoNet
-from .results import REPOSITORY, SCALES, check_writable, own_folder, pack_counts, provenance, write_record
+from .resnet import ResNet
+from .results import REPOSITORY, SCALES, check_writable, difference, own_folder, pack_counts, provenance, write_record
 from .rows import Row, embedding_plan
-from .snapshots import select, selected, snapshots_of
+from .snapshots import last_weights, select, selected, snapshots_of
 from .speed import rank, world
 from .stages import (
     centroids,
@@ -67,8 +70,6 @@ def build_learner(row: Row, channels: int, size: int, seed: int, features: int |
     elif features is not None:
         network = MLP([features, *row.network["hidden"], row.way], norm="shift", std=0.01, generator=generator)
     elif row.network.get("residual"):
-        from .resnet import ResNet
-
         network = ResNet(channels, size, way=row.way, generator=generator)
     else:
         network = Conv4(channels, size, way=row.way, **row.network, generator=generator)
@@ -203,6 +204,7 @@ def _shared_training(
         if rank() == 0:  # under torchrun one process tests
             history |= select(learner, folder, validate, steps=row.budget(scale), every=validate_every, row=row.slug,
                               plan={"scale": scale, "seed": seed, **plain(row.protocol())})  # fmt: skip
+            history["last"] = last_weights(folder, row.budget(scale))
     return history
 
 
@@ -269,7 +271,9 @@ def _reading(learner, changes: dict, source, first, *, tasks: int, **task) -> di
     """
     changes = dict(changes)
     tasks = min(tasks, changes.pop("tasks", tasks))
-    ending, task["query"] = changes.pop("classes", None), changes.pop("query", task["query"])
+    ending = changes.pop("classes", None)
+    if "query" in changes:
+        task["query"] = changes.pop("query")
     if ending and not (source := _of_classes(source, ending)):
         return None
     before = {name: getattr(learner, name) for name in changes}
@@ -282,6 +286,20 @@ def _reading(learner, changes: dict, source, first, *, tasks: int, **task) -> di
     half = math.hypot(result.ci95, first.ci95) if ending else gap.ci95
     return {"tasks": tasks, "accuracy": round(result.mean, 4), "ci95": round(result.ci95, 4),
             "difference": round(gap.mean, 4), "difference_ci95": round(half, 4)}  # fmt: skip
+
+
+def _last(row: Row, learner, weights: dict, chosen: dict, scale: str, seed: int, device, stages) -> dict:
+    """The first test with the weights after the last step, and how it differs from that with the `chosen` ones.
+
+    That is what the selection on labels is worth. The learner gets its own weights back.
+    """
+    own = copy.deepcopy(learner.state_dict())
+    learner.load_state_dict(weights)
+    (cell,) = measure(replace(row, tests=row.tests[:1], readings={}), learner, scale, seed, device, stages)
+    learner.load_state_dict(own)
+    gap, half = difference(cell, chosen)
+    return {name: cell[name] for name in ("tasks", "accuracy", "ci95")} | {
+        "difference": round(gap, 4), "difference_ci95": round(half, 4)}  # fmt: skip
 
 
 def _of_classes(source: PartitionTasks, ending: str) -> PartitionTasks | None:
@@ -409,6 +427,9 @@ def run_row(
         learner, history = train_row(row, scale, seed, device, checkpoint, stages)
         started = time.perf_counter()
         cells = measure(row, learner, scale, seed, device, stages)
+        if "last" in history and "readings" in cells[0]:
+            at_end = _last(row, learner, history["last"], cells[0], scale, seed, device, stages)
+            cells[0]["readings"]["last weights"] = at_end
     record = {
         "paper": row.paper, "table": row.table, "row": row.slug, "method": row.method, "embedding": row.embedding,
         "variant": row.variant, "dataset": row.dataset, "scale": scale, "seed": seed,
@@ -434,7 +455,7 @@ def embedding_record(row: Row, scale: str, stages=None) -> dict:
     if row.inputs == "embeddings" and vectors_file(row, "test", scale, stages) == published_file(row, "test", stages):
         return {"embedding_fit": {"origin": "published features"}}
     plan, name = row.plan, row.fitted or row.embedding
-    for word in ("short ", "small ", "untrained "):
+    for word in ("short ", "plain ", "small ", "untrained "):
         name = name.removeprefix(word)
     paper = embedding_plan(row.embedding if name == "features" else name, row.dataset).epochs["full"]
     made_by, is_shared = fitted_by(row, scale, stages)

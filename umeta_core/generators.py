@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import one_of
+from .data import as_floats
 from .embeddings.base import Embedding
 from .evaluation import evaluating
 from .networks import glorot_uniform
@@ -73,7 +74,7 @@ class Generator(Embedding):
     def _pixels(self, images: Tensor) -> Tensor:
         """What the networks see of images, uint8 or in [0, 1]."""
         self.check_shape(images)
-        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        images = as_floats(images) if images.dtype == torch.uint8 else images
         return images.contiguous(memory_format=torch.channels_last)
 
     def _ready(self, generator: torch.Generator | None) -> None:
@@ -116,8 +117,7 @@ class VAE(Generator):
         super().__init__()
         if layers is None and size not in LAYERS:
             raise ValueError(f"no VAE for {size}x{size} images; use 28x28 or 84x84, or give its layers")
-        if norm not in ("batch", "fixed"):
-            raise ValueError(f"norm is 'batch' or 'fixed', not {norm!r}")
+        one_of("norm", norm, ("batch", "fixed"))
         down, up = layers or LAYERS[size]
         self.shape = self.takes = (channels, size, size)
         self.d = latent or LATENT.get(size, 20)
@@ -226,8 +226,7 @@ class MSGAN(Generator):
         super().__init__()
         if size % 4:
             raise ValueError(f"MSGAN takes images of a size divisible by 4, not {size}x{size}; load them resized")
-        if ratio not in ("released", "original"):
-            raise ValueError(f"ratio is 'released' or 'original', not {ratio!r}")
+        one_of("ratio", ratio, ("released", "original"))
         self.shape = self.takes = (channels, size, size)
         self.latent, self.lr, self.autocast = latent, lr, autocast
         self.ratio, self.seeking = ratio, seeking
@@ -301,11 +300,11 @@ class GivenGenerator(Generator):
     Args:
         make: maps z ``[n, latent]`` to square images ``[n, channels, h, h]``; a module moves along with ``to``.
         latent: numbers in z.
-        channels, size: of the images that `generate` returns; others are resized to it, bilinearly.
+        channels, size: of the images that `generate` returns; others are resized to it, antialiased (not in LASIUM's
+            code).
         output: least and greatest value of a pixel that `make` returns; mapped to 0 and 1.
         clip: cut values outside that range, as for networks whose last layer is linear; otherwise they are an error.
         sphere: z has length 1 (ProGAN), rather than being N(0, I).
-        antialias: of the resizing (LASIUM's code has none).
 
     Raises:
         ValueError (when generating): images of another shape, NaN, or values outside `output`.
@@ -313,13 +312,13 @@ class GivenGenerator(Generator):
 
     def __init__(
         self, make: Callable[[Tensor], Tensor], latent: int, *, channels=3, size=84, output=(0.0, 1.0), clip=False,
-        sphere=False, antialias=True,
+        sphere=False,
     ):  # fmt: skip
         super().__init__()
         if not output[0] < output[1]:
             raise ValueError(f"output={output} is no range; give the least and the greatest value of a pixel")
         self.make, self.latent, self.shape = make, latent, (channels, size, size)
-        self.output, self.clip, self.sphere, self.antialias = output, clip, sphere, antialias
+        self.output, self.clip, self.sphere = output, clip, sphere
         self.eval()
 
     def fit(self, images: Tensor | None = None, **settings) -> dict:
@@ -333,7 +332,7 @@ class GivenGenerator(Generator):
         images = ((images.float() - low) / (high - low)).clamp(0, 1)
         if images.shape[1:] == self.shape:
             return images
-        return F.interpolate(images, self.shape[1:], mode="bilinear", antialias=self.antialias).clamp(0, 1)
+        return F.interpolate(images, self.shape[1:], mode="bilinear", antialias=True).clamp(0, 1)
 
     def _check(self, images: Tensor, n: int) -> None:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__

@@ -107,7 +107,7 @@ def _cell(accuracies: torch.Tensor, base: torch.Tensor) -> dict:
 
 
 @torch.no_grad()
-def components(slug: str, checkpoint: str | Path, seed=0, rows=5, columns=7) -> dict:
+def components(slug: str, checkpoint: str | Path, seed=0, rows=5, columns=7, scale="full") -> dict:
     """What EM puts together, by a trained row on images: in a training set, and in a 5-way 1-shot test task.
 
     Returns a record. Under "training" and "test": "real", the first `columns` images of each of the `rows` largest
@@ -117,15 +117,15 @@ def components(slug: str, checkpoint: str | Path, seed=0, rows=5, columns=7) -> 
     points from one normal with the mean and covariance of the training set's codes.
     """
     row = find_row(slug)
-    model, _ = trained(row, checkpoint, seed, scale="full")
+    model, _ = trained(row, checkpoint, seed, scale=scale)
     model.eval()
-    x = UnlabeledSets(shown(row, "train", "full")[0]).sample(1, 1, row.shot, 0, _seeded(3)).flat()[0]
+    x = UnlabeledSets(shown(row, "train", scale)[0]).sample(1, 1, row.shot, 0, _seeded(3)).flat()[0]
     mean, log_variance = model.posterior(model.features(x))
     prior, component, code = _divided(model, mean, log_variance)
     largest = torch.bincount(component).topk(rows).indices.tolist()
     training = {"real": [x[0, component == c][:columns] for c in largest],
                 "generated": [_made(model, prior, c, columns) for c in largest]}  # fmt: skip
-    test, answered = _test_task(model, PartitionTasks(shown(row, "test", "full")[0]), columns)
+    test, answered = _test_task(model, PartitionTasks(shown(row, "test", scale)[0]), columns)
     covariance = torch.cov(mean[0].T) + 1e-4 * torch.eye(model.latent)
     cloud = torch.randn(mean.shape, generator=_seeded(2)) @ torch.linalg.cholesky(covariance).T
     _, colors, spread = _divided(model, mean.mean(1, keepdim=True) + cloud, log_variance)
@@ -173,7 +173,7 @@ def _test_task(model: MetaGMVAE, source: PartitionTasks, columns: int) -> tuple[
 
 
 def _map(codes: Tensor, component: Tensor, support=0, wrong=()) -> dict:
-    """t-SNE of codes ``[n, d]``, and how many of the five nearest neighbors share a point's component, by chance too."""
+    """t-SNE of codes ``[n, d]``, and how many of the five nearest neighbors share a component, by chance too."""
     from sklearn.manifold import TSNE
 
     place = TSNE(perplexity=15, init="pca", random_state=0).fit_transform(codes.numpy())

@@ -20,6 +20,9 @@ class SetBlock(nn.Module):
     Against a transformer's layer: what attention adds to is the *projected* query, scores are divided by the root of
     the whole width and not of a head's, and one linear layer with ReLU is added after (the paper's Table 3 has ELU).
     (eq-gmvae-block)
+
+    Raises:
+        ValueError: heads that do not divide the width.
     """
 
     def __init__(self, width: int, heads: int = 4, generator: torch.Generator | None = None):
@@ -108,7 +111,10 @@ class ImageEncoder(nn.Sequential):
 
 
 class ImageDecoder(nn.Module):
-    """Latents to images of independent Bernoulli pixels (paper, Table 4): MLP, then transposed convolutions."""
+    """Latents to images of independent Bernoulli pixels (paper, Table 4): MLP, then transposed convolutions.
+
+    ValueError: an odd size.
+    """
 
     def __init__(self, latent=64, channels=1, size=28, filters=64, generator: torch.Generator | None = None):
         super().__init__()

@@ -37,7 +37,7 @@ def kmeans(
     Raises:
         ValueError: more clusters than points, or points with NaN or infinity.
     """
-    check(z, k)
+    check_points(z, k)
     if z.is_cuda:
         ones = z.new_ones(1, z.shape[1])
         found = kmeans_batched(z, k, ones, generator, iterations=iterations, tol=tol, restarts=restarts)
@@ -49,7 +49,7 @@ def kmeans(
     return Clustering(best.assignment, best.centroids + middle, best.inertia)
 
 
-def check(z: Tensor, k: int) -> None:
+def check_points(z: Tensor, k: int) -> None:
     """ValueError: the embeddings are not floats ``[n, d]``, or k is not 1 to n."""
     if z.dim() != 2 or not z.is_floating_point():
         raise ValueError(f"embeddings are floats [n, d]; these are {z.dtype} {list(z.shape)}")

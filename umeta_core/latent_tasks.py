@@ -70,7 +70,7 @@ class LatentTasks:
 
     Args:
         images: what the generator was trained on; names the data in records, and is what "encoded" anchors are of.
-        generator: a network with ``latent`` (numbers in z) and ``generate(z [n, L]) -> [n, C, H, W]`` in [0, 1]; for
+        network: a generator with ``latent`` (numbers in z) and ``generate(z [n, L]) -> [n, C, H, W]`` in [0, 1]; for
             encoded anchors also ``posterior(x) -> (mean, std)`` or ``encode(x) -> mean``. Its ``sphere``, if it has
             one, says whether latents are unit vectors. It is put into evaluation mode.
         policy: "N", "RO" or "OC"; strength: sigma or alpha; sign, own_noise: see `in_class`.
@@ -89,7 +89,7 @@ class LatentTasks:
     """
 
     def __init__(
-        self, images: ImageSet, generator, policy: str = "RO", strength: float = 0.2, *, anchors: str = "prior",
+        self, images: ImageSet, network, policy: str = "RO", strength: float = 0.2, *, anchors: str = "prior",
         epsilon: float | None = None, sign: int = 1, own_noise: float = 1.0, shift: int = 5, fill: str | None = "ink",
         ahead: int = 1,
     ):  # fmt: skip
@@ -99,16 +99,16 @@ class LatentTasks:
         one_of("fill", fill, (*FILLS, None))
         if ahead < 1:
             raise ValueError(f"ahead={ahead} calls cannot be made at once; use 1 or more")
-        if not hasattr(generator, "latent") or not hasattr(generator, "generate"):
-            raise ValueError(f"{type(generator).__name__} is no generator: it needs `latent` and `generate(z)`")
-        encode = getattr(type(generator), "encode", Embedding.encode)  # which has none of its own
-        if anchors == "encoded" and not hasattr(generator, "posterior") and encode is Embedding.encode:
-            raise ValueError(f"{type(generator).__name__} cannot encode images; use anchors='prior'")
-        self.images, self.network, self.policy, self.strength = images, generator, policy, strength
+        if not hasattr(network, "latent") or not hasattr(network, "generate"):
+            raise ValueError(f"{type(network).__name__} is no generator: it needs `latent` and `generate(z)`")
+        encode = getattr(type(network), "encode", Embedding.encode)  # which has none of its own
+        if anchors == "encoded" and not hasattr(network, "posterior") and encode is Embedding.encode:
+            raise ValueError(f"{type(network).__name__} cannot encode images; use anchors='prior'")
+        self.images, self.network, self.policy, self.strength = images, network, policy, strength
         self.anchors, self.epsilon, self.shift, self.fill, self.ahead = anchors, epsilon, shift, fill, ahead
-        self.switches = {"sign": sign, "own_noise": own_noise, "sphere": getattr(generator, "sphere", False)}
-        if isinstance(generator, torch.nn.Module):
-            generator.eval()
+        self.switches = {"sign": sign, "own_noise": own_noise, "sphere": getattr(network, "sphere", False)}
+        if isinstance(network, torch.nn.Module):
+            network.eval()
         self._block: tuple[tuple, Episodes] | None = None
 
     def sample(self, tasks: int, way: int, shot: int, query: int, generator: torch.Generator) -> Episodes:
@@ -174,7 +174,7 @@ class LatentTasks:
                 f"{way}-way tasks need {way} images; {self.images.name} {self.images.split} has {len(self.images)}"
             )
         index = sample_without_replacement(torch.full((tasks,), len(self.images), device=device), way, generator)
-        parts = [self._codes(x) for x in self._pixels(index).flatten(0, 1).split(500)]
+        parts = [self._codes(x) for x in self.images.shown(index).flatten(0, 1).split(500)]
         codes = [torch.cat(part) for part in zip(*parts)]
         if codes[0].shape[1:] != shape[2:]:
             raise ValueError(f"images have codes of {tuple(codes[0].shape[1:])} numbers but latents have {shape[2]}")
@@ -190,9 +190,6 @@ class LatentTasks:
     def _placed(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1) if self.switches["sphere"] else z
 
-    def _pixels(self, index: Tensor) -> Tensor:
-        return self.images.shown(index)
-
     @torch.no_grad()
     def _make(self, tasks: int, way: int, shot: int, query: int, generator: torch.Generator) -> Episodes:
         z, index = self.latents(tasks, way, shot + query, generator)
@@ -202,7 +199,7 @@ class LatentTasks:
             raise ValueError(f"the generator makes images of {tuple(x.shape[3:])} but {self.images.name} has "
                              f"{tuple(self.images.images.shape[1:])}; resize them in `generate`")  # fmt: skip
         if index is not None:
-            x = torch.cat([self._pixels(index).unsqueeze(2), x], 2)
+            x = torch.cat([self.images.shown(index).unsqueeze(2), x], 2)
         return Episodes(x[:, :, :shot], self._shifted(x[:, :, shot:], generator))
 
     def _shifted(self, x: Tensor, generator: torch.Generator) -> Tensor:

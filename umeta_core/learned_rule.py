@@ -17,9 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .fast_rule import ConvNormRelu, shifted_sum
 from .networks import truncated_normal_
+from .storage import load_tensors, save_tensors
 
 EMBEDDING = 32  # N_L; theta is tied to it, and to nothing else of the network that it trains
 LOW_RANK = 4  # R, channels of a low-rank readout (reference code; the paper gives no number)
@@ -252,24 +254,13 @@ class UpdateRule(nn.Module):
         """Steps on batches xs ``[T, U, B, N_0]``. recompute: keep only phi of each step and run it again backward."""
         for x in xs.unbind(1):
             if recompute:
-                from torch.utils.checkpoint import checkpoint
-
-                depth = len(phi.w)
-
-                def again(x, *flat, depth=depth):
-                    split = Phi(flat[:depth], flat[depth : 2 * depth], flat[2 * depth :])
-                    return tuple(self.step(split, x, activation).tensors())
-
-                flat = checkpoint(again, x, *phi.tensors(), use_reentrant=False, preserve_rng_state=False)
-                phi = Phi(flat[:depth], flat[depth : 2 * depth], flat[2 * depth :])
+                phi = checkpoint(self.step, phi, x, activation, use_reentrant=False, preserve_rng_state=False)
             else:
                 phi = self.step(phi, x, activation)
         return phi
 
     def save(self, path: str | Path, **about) -> None:
         """Write theta and how it was made."""
-        from .storage import save_tensors
-
         # Through JSON, since torch.__version__ is a class that a safe reader refuses.
         state = {"config": self.config, "theta": self.state_dict(), "about": json.loads(json.dumps(about))}
         save_tensors(state, path)
@@ -277,8 +268,6 @@ class UpdateRule(nn.Module):
     @classmethod
     def restore(cls, path: str | Path) -> UpdateRule:
         """The rule in a file that `save` wrote. Raises ValueError if it is no such file."""
-        from .storage import load_tensors
-
         try:
             state = load_tensors(path, "update rule")
             rule = cls(**state["config"])

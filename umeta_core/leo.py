@@ -256,7 +256,8 @@ class LEO(CountedNoise, nn.Module):
 
         (eq-leo-orthogonality)
         """
-        difference = off_orthogonal(self.decoder)
+        rows = nn.functional.normalize(self.decoder, dim=1)
+        difference = rows @ rows.T - torch.eye(self.latent, dtype=rows.dtype, device=rows.device)
         return difference.square().mean() if self.reduce == "mean" else difference.norm()
 
     def step_sizes(self) -> tuple:
@@ -295,12 +296,6 @@ def divergence(z: Tensor, sigma: Tensor, epsilon: Tensor) -> Tensor:
     ``log q = -log sigma - epsilon^2 / 2`` takes the sample's own epsilon: no division by a deviation of 1e-10.
     """
     return z.square() / 2 - epsilon.square() / 2 - sigma.log()
-
-
-def off_orthogonal(weight: Tensor) -> Tensor:
-    """The cosines of the rows of ``[n, d]`` minus the identity: ``[n, n]``."""
-    rows = nn.functional.normalize(weight, dim=1)
-    return rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
 
 
 def support_loss(logits: Tensor, y: Tensor) -> Tensor:

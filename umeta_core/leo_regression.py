@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import one_of
-from .leo import LEO, deviation, divergence, off_orthogonal
+from .leo import LEO, deviation, divergence
 from .networks import glorot_uniform
 
 WIDTH = 40  # hidden units of the generated network 1-40-40-1
@@ -73,20 +72,15 @@ class RegressionTasks:
 
     Args:
         noise: standard deviation of the targets, support and query alike.
-        family: "both", "sine" or "line".
-
-    Raises:
-        ValueError: another family.
     """
 
-    def __init__(self, noise: float = 0.3, family: str = "both"):
-        one_of("family", family, ("both", "sine", "line"))
-        self.noise, self.share = noise, {"both": 0.5, "sine": 0.0, "line": 1.0}[family]
+    def __init__(self, noise: float = 0.3):
+        self.noise = noise
 
     def sample(self, tasks: int, way: int, shot: int, query: int, generator: torch.Generator) -> Regression:
         """Draw `tasks` tasks; `way` is there for `training.train` and has no meaning here."""
         device, points = generator.device, shot + query
-        line = torch.rand(tasks, generator=generator, device=device) < self.share
+        line = torch.rand(tasks, generator=generator, device=device) < 0.5
         u = torch.rand(tasks, 2 + points, generator=generator, device=device)
         coefficients = torch.where(line.unsqueeze(1), _line(u[:, :2]), _sine(u[:, :2]))
         x = X_MAX * (2 * u[:, 2:] - 1)
@@ -123,8 +117,8 @@ class LEORegression(nn.Module):
     only; steps, rates, loss weights and standard deviations are ours.
 
     Args:
-        hidden: units of every hidden layer; encoder_hidden: those of the encoder, if they are others (16 in the paper's
-            Table 3, against 32 in its text); latent: size of the code.
+        hidden: units of every hidden layer (the paper's Table 3 has 16 in the encoder, its text 32 everywhere); latent:
+            size of the code.
         latent_steps: latent gradient steps on the mean squared error of the support set; no fine-tuning.
         latent_lr: start of the learned rates, one per latent dimension.
         inner_clip: bound on the norm of each task's latent gradient. Without it the rates grow until single tasks
@@ -132,8 +126,6 @@ class LEORegression(nn.Module):
         kl: weight of KL(q(z) || N(0, I)), a one-sample estimate, mean over the dimensions, as in the released code
             for classification.
         encoder_penalty: weight of the encoder penalty, mean over the dimensions.
-        l2: lambda_1, of half the sum of squares of all weights; orthogonality: lambda_2, see
-            `orthogonality_penalty`.
         code_offset, weight_offset: standard deviations where the network says 0, see `leo.deviation`.
         generator: source of the initial weights.
     """
@@ -145,12 +137,9 @@ class LEORegression(nn.Module):
         latent_steps: int = 5,
         latent_lr: float = 0.02,
         *,
-        encoder_hidden: int | None = None,
         inner_clip: float = 5.0,
         kl: float = 0.05,
         encoder_penalty: float = 1e-4,
-        l2: float = 0.0,
-        orthogonality: float = 0.0,
         code_offset: float = 0.1,
         weight_offset: float = 0.02,
         generator: torch.Generator | None = None,
@@ -160,14 +149,12 @@ class LEORegression(nn.Module):
         def matrices(*sizes):
             return nn.ParameterList(nn.Parameter(glorot_uniform(s, generator)) for s in zip(sizes, sizes[1:]))
 
-        width = encoder_hidden or hidden
-        self.encoder = matrices(2, width, width, latent)
+        self.encoder = matrices(2, hidden, hidden, latent)
         self.relation = matrices(2 * latent, hidden, hidden, 2 * latent)
         self.decoder = matrices(latent, hidden, hidden, 2 * WEIGHTS)
         self.rates = nn.Parameter(torch.full((latent,), latent_lr))
         self.latent_steps, self.inner_clip = latent_steps, inner_clip
         self.kl, self.encoder_penalty = kl, encoder_penalty
-        self.l2, self.orthogonality = l2, orthogonality
         self.code_offset, self.weight_offset = code_offset, weight_offset
 
     def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,8 +207,8 @@ class LEORegression(nn.Module):
     def loss(self, batch: Regression, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
         """Meta-loss ``[T]``, differentiable, and zeros ``[T]``: there is no accuracy.
 
-        The meta-loss is the mean squared error of the noisy queries after adaptation, plus the KL term, the encoder
-        penalty and the regularizers (LEO, Eq. 6). Without `noise` it is drawn from the batch's generator.
+        The meta-loss is the mean squared error of the noisy queries after adaptation, plus the KL term and the
+        encoder penalty (LEO, Eq. 6 without its regularizers). Without `noise` it is drawn from the batch's generator.
         """
         noise = self.noise(len(batch), batch.generator) if noise is None else noise
         mean, std = self.encode(batch.support_x, batch.support_y)
@@ -230,17 +217,8 @@ class LEORegression(nn.Module):
         kl = divergence(start, std, noise.code).mean(1)
         penalty = (codes[-1].detach() - start).square().mean(1)
         losses = squared_error(weights[-1], batch.query_x, batch.query_y)
-        losses = losses + self.kl * kl + self.encoder_penalty * penalty + self.regularizer()
+        losses = losses + self.kl * kl + self.encoder_penalty * penalty
         return losses, torch.zeros_like(kl)
-
-    def regularizer(self) -> Tensor:
-        """``lambda_1 / 2 * sum of squares + lambda_2 * orthogonality``, the rates left out (LEO, Eq. 7)."""
-        total = self.rates.new_zeros(())
-        if self.l2:
-            total = total + self.l2 / 2 * sum(w.square().sum() for w in [*self.encoder, *self.relation, *self.decoder])
-        if self.orthogonality:
-            total = total + self.orthogonality * sum(orthogonality_penalty(w) for w in self.decoder)
-        return total
 
     prepare_gradients, nan_rule, clip = LEO.prepare_gradients, "intended", "variable"  # as the classifier's
 
@@ -299,11 +277,6 @@ def clip_norm(g: Tensor, bound: float) -> Tensor:
     return g * (bound / g.norm(dim=1, keepdim=True).clamp(min=bound))
 
 
-def orthogonality_penalty(weight: Tensor) -> Tensor:
-    """Mean squared difference between the cosines of the rows of ``[in, out]`` and the identity (LEO, Eq. 7)."""
-    return off_orthogonal(weight).square().mean()
-
-
 def distances(curves: Tensor, x: Tensor) -> Tensor:
     """Root mean squared distance of curves ``[..., n]`` at x ``[n]`` to the nearest line and sine, ``[2, ...]``.
 
@@ -336,13 +309,16 @@ def _errors(features: Tensor, y: Tensor, coefficients: Tensor) -> Tensor:
 class ExactPosterior:
     """What a Bayesian who knows `RegressionTasks` believes after the support set: the experiment's reference.
 
-    Integrates over a grid of GRID x GRID lines and as many sines, uniform in the parameters that tasks are drawn from.
-    The squared error of a curve that is linear in two coefficients is a quadratic form in them, so one matrix product
-    compares all T tasks with all curves.
+    Integrates over a grid of `grid` x `grid` lines and as many sines, uniform in what tasks are drawn from. The squared
+    error of a curve that is linear in two coefficients is a quadratic form in them, so one matrix product compares all
+    T tasks with all curves.
 
     Args:
         batch: T tasks; memory is T / 4 megabytes for the default grid (its error: below 0.001 in `line`).
         noise: as in `RegressionTasks`.
+
+    Raises:
+        ValueError: noise that is not above 0.
     """
 
     def __init__(self, batch: Regression, noise: float = 0.3, grid: int = 128):
@@ -377,9 +353,10 @@ def ambiguous_tasks(
     """5-shot tasks to which the exact posterior gives both families at least `low`, and the belief in a line ``[T]``.
 
     One task in 60 is ambiguous at low = 0.2; drawing goes on until there are enough.
+    ValueError: `low` is not between 0 and 0.5.
     """
-    if source.share in (0.0, 1.0) or not 0 < low < 0.5:
-        raise ValueError(f"no task is ambiguous with family share {source.share} and low={low}; use both and 0 to 0.5")
+    if not 0 < low < 0.5:
+        raise ValueError(f"low={low}: the less likely family's belief is a number between 0 and 0.5")
     return tasks_by_belief(source, tasks, generator, lambda doubt: doubt >= low, 200, query)
 
 

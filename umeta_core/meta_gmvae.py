@@ -95,11 +95,9 @@ class MetaGMVAE(CountedNoise, nn.Module):
         """
         if self.encoder is None:
             raise ValueError("this model learns on features and has no encoder; give its tasks the features themselves")
-        was, device = self.training, next(self.parameters()).device
-        self.eval()
-        h = torch.cat([self.encoder(as_floats(x.to(device))) for x in images.split(chunk)])
-        self.train(was)
-        return h
+        device = next(self.parameters()).device
+        with evaluating(self):
+            return torch.cat([self.encoder(as_floats(x.to(device))) for x in images.split(chunk)])
 
     def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | x, D), ``[T, M, d]`` each, given features ``[T, M, features]`` (eq. 5).

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,10 +21,8 @@ def truncated_normal_(x: Tensor, std: float, generator: torch.Generator | None =
 
 
 def glorot_uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    """U(-a, a) with a = sqrt(6 / (fan_in + fan_out)); fans of a filter count its nine taps (Glorot & Bengio, 2010)."""
-    taps = math.prod(shape[2:])
-    bound = math.sqrt(6 / (taps * (shape[0] + shape[1])))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    """U(-a, a) with a = sqrt(6 / (fan_in + fan_out)); fans of a filter count its taps (Glorot & Bengio, 2010)."""
+    return nn.init.xavier_uniform_(torch.empty(shape), generator=generator)
 
 
 class Conv4(nn.Module):

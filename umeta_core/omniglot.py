@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from . import packs, storage
+from .readers import SPLITS
 
 # (train, validation, test) characters; whether each rotation by a quarter turn is a class of its own.
 PROTOCOLS = {
@@ -18,7 +19,6 @@ PROTOCOLS = {
     "meta_gmvae": ((1200, 100, 323), True),
     "vinyals": ((1028, 172, 423), True),
 }
-SPLITS = ("train", "val", "test")
 # The split of Vinyals et al. (2016) as torchmeta ships it: whole alphabets, but for four characters of Gurmukhi.
 VINYALS_VAL = {"Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)"}
 VINYALS_TEST = {"Kannada", "Keble", "Malayalam", "Manipuri", "Mongolian", "Old_Church_Slavonic_(Cyrillic)", "Oriya",

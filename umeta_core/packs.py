@@ -62,13 +62,15 @@ def decode(image_file, array, what, crop=None):
         name = source if isinstance(source, (str, Path)) else f"image {i} of {what}"
         array[i] = read_image(source, array.shape[-1], name, crop)
 
-    def some_at_a_time():  # waiting tasks take memory, too
-        for first in range(0, len(array), 1000):
-            yield from pool.map(one, range(first, min(first + 1000, len(array))))
+    for _ in progress(_threaded(one, range(len(array))), len(array), f"decoding {what}"):
+        pass
 
+
+def _threaded(function, items, at_once=500):
+    """`function` of every item, in order, on several threads; few are under way, as what waits takes memory."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for _ in progress(some_at_a_time(), len(array), f"decoding {what}"):
-            pass
+        for first in range(0, len(items), at_once):
+            yield from pool.map(function, items[first : first + at_once])
 
 
 def decode_files(files, size, label, crop=None):
@@ -130,17 +132,13 @@ def append_images(path, files, size, stamp):
         raise OSError(f"{path.parent} has {free / 1e9:.1f} GB free, {path.name} needs {needed / 1e9:.1f} GB: "
                       "choose another folder with --out")
 
-    def decoded():
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for first in range(done, len(files), 500):  # some at a time: decoding may be faster than the disk
-                yield from pool.map(lambda file: read_image(file, size, file), files[first : first + 500])
-
+    decoded = _threaded(lambda file: read_image(file, size, file), files[done:])
     with open(part, "ab") as file:
         if not done:
             file.truncate(0)
             file.write(start.getvalue())
         file.truncate(start.tell() + done * each)
-        for image in progress(decoded(), len(files) - done, f"packing {path.stem}"):
+        for image in progress(decoded, len(files) - done, f"packing {path.stem}"):
             file.write(np.ascontiguousarray(image))
     os.replace(part, path)
 

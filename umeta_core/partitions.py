@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .kmeans import BATCH, check, kmeans, kmeans_batched, trials_per_step
+from .kmeans import BATCH, check_points, kmeans, kmeans_batched, trials_per_step
 
 
 def random_scalings(partitions: int, d: int, generator: torch.Generator) -> Tensor:
@@ -67,7 +67,7 @@ def cluster_partitions(
         ValueError: as `kmeans`; no partition asked for; too few points for that many sizable clusters; or a partition
             has fewer than `way` clusters of R members.
     """
-    check(z, k)
+    check_points(z, k)
     if partitions < 1:
         raise ValueError(f"{partitions} partitions asked for; at least one")
     restarts = (10 if partitions == 1 else 1) if restarts is None else restarts
@@ -193,7 +193,7 @@ def hyperplane_partitions(
     Raises:
         ValueError: as `kmeans` for embeddings that are not finite, and where `tries` is not enough.
     """
-    check(z, 1)
+    check_points(z, 1)
     if way < 2 or partitions < 1:
         raise ValueError(f"{partitions} partitions into {way} cells asked for; at least one of two cells")
     sides = _pool_of_sides(z, planes, generator, 10 * least, margin, spread, tries)

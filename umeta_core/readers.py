@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from . import packs, storage
+from .pickles import read_pickle
 
 SPLITS = ("train", "val", "test")
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "omniglot": "Omniglot"}
@@ -143,8 +144,6 @@ def tiered_pickles(folder, split):
 
     The list is held in memory while it is read and decoded, the first time (7 GB to train on, twice that at the peak).
     """
-    from .pickles import read_pickle
-
     images, labels = folder / f"{split}_images_png.pkl", read_pickle(folder / f"{split}_labels.pkl")
     wanted = ("label_specific", "label_specific_str")
     numbers, classes = (labels.get(key) for key in wanted) if isinstance(labels, dict) else (None, None)

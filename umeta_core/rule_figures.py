@@ -27,7 +27,7 @@ from .rule_evaluation import Trial, pca_accuracy, pixel_accuracy, rule_curve, tr
 from .rule_learners import PESLearner, RuleLearner
 from .rule_tasks import Bucket, Curriculum, RuleTasks
 from .speed import tune_cpu
-from .storage import write_json
+from .storage import read_archive, write_json
 from .training import read_checkpoint, train
 
 STEPS = (0, 50, 100, 200, 400)  # of the rule; accuracy is read at each
@@ -62,13 +62,13 @@ def imdb(split: str, words: int = 1000) -> ImageSet:
     path = next((p / "imdb_bow5000.npz" for p in places("imdb") if (p / "imdb_bow5000.npz").exists()), None)
     if path is None:
         raise FileNotFoundError(f"imdb_bow5000.npz (word counts of the IMDB reviews) not found in {places('imdb')[0]}")
-    pack = np.load(path)
-    rows = np.repeat(np.arange(len(pack["labels"])), np.diff(pack["indptr"]))
-    frequent = pack["indices"] < words
-    x = np.zeros((len(pack["labels"]), words), np.uint8)
-    x[rows[frequent], pack["indices"][frequent]] = 255
-    part = pack["is_test"] == (split == "test")
-    labels = torch.from_numpy(pack["labels"][part].astype(np.int64))
+    labels, starts, columns, is_test = read_archive(path, "labels", "indptr", "indices", "is_test")
+    rows = np.repeat(np.arange(len(labels)), np.diff(starts))
+    frequent = columns < words
+    x = np.zeros((len(labels), words), np.uint8)
+    x[rows[frequent], columns[frequent]] = 255
+    part = is_test == (split == "test")
+    labels = torch.from_numpy(labels[part].astype(np.int64))
     return ImageSet(torch.from_numpy(x[part])[:, None, None], labels, ["negative", "positive"], [], "imdb", split)
 
 

@@ -190,6 +190,7 @@ def fresh_tasks(bucket, pool, tasks: int, shot: int, mean: float, generator: tor
 
     "phi" as lists of tensors; "classes" ``[T, way]``; "order" ``[T, N_0]``; "seen" ``[T, N_0]``, false for a pixel that
     is zeroed; "drops" and "moves" ``[T]``; "left" ``[T]``, normal with mean and standard deviation `mean`, at least 1.
+    ValueError: too few classes of 2 * shot images.
     """
     device, inputs = generator.device, bucket.widths[0]
     classes, count = pool.usable(2 * shot)
@@ -235,7 +236,7 @@ def labeled(bucket, pool, state: dict, draws: int, shot: int, generator: torch.G
 def _view(bucket, pool, state: dict, place: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
     """Images at `place` ``[T, ...]`` of the pool, moved, permuted and with pixels dropped as the tasks demand."""
     tasks, device = len(place), place.device
-    flat = bucket.images.images[pool.order[0][place.flatten()].long()].float() / 255
+    flat = bucket.images.shown(pool.order[0][place.flatten()].long())
     extra = None
     if bucket.turned:
         flat, extra = turned(flat, generator)

@@ -83,7 +83,7 @@ def chosen_step(folder, row: str) -> int | None:
     return done.get("chosen", max(values, key=values.get, default=None))
 
 
-def last(folder, steps: int) -> dict:
+def last_weights(folder, steps: int) -> dict:
     """The weights after the last of `steps` steps."""
     return _weights(folder, steps)
 

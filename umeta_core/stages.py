@@ -19,14 +19,28 @@ from torch import Tensor
 from . import partitions as parts
 from . import shared_fits
 from .data import COUNTS, ImageSet, load
+from .embeddings.acai import ACAI
 from .embeddings.base import Embedding, read
-from .embeddings.deepcluster import pca_whitening
+from .embeddings.bigan import BiGAN, ConvBiGAN
+from .embeddings.deepcluster import DeepCluster, pca_whitening
+from .embeddings.infogan import InfoGAN
+from .embeddings.simclr import SimCLR
+from .embeddings.simple import PCAPixels, RandomNetwork
+from .embeddings.supervised import Supervised
+from .embeddings.vgg import VGG19
+from .generators import MSGAN, VAE, GivenGenerator
 from .kmeans import kmeans
 from .pickles import read_embeddings
 from .readers import MINI_IMAGENET
 from .rows import EMBEDDINGS, EmbeddingPlan, Row, embedding_plan
 from .speed import tune_cpu
 from .storage import alone, cache_folder, load_tensors, save_tensors
+
+KINDS = {
+    "acai": ACAI, "bigan": BiGAN, "conv-bigan": ConvBiGAN, "infogan": InfoGAN, "deepcluster": DeepCluster,
+    "simclr": SimCLR, "supervised": Supervised, "vgg19": VGG19, "vae": VAE, "msgan": MSGAN, "pca": PCAPixels,
+    "random": RandomNetwork,
+}  # fmt: skip
 
 
 def stages_folder(folder=None) -> Path:
@@ -36,36 +50,12 @@ def stages_folder(folder=None) -> Path:
 
 def build_embedding(plan: EmbeddingPlan, channels: int, size: int, seed: int = 0, path=None) -> Embedding:
     """The plan's embedding with initial weights from `seed`, for square images; `path` has a given generator."""
-    generator = torch.Generator().manual_seed(seed)
-    if plan.kind == "acai":
-        from .embeddings.acai import ACAI as kind
-    elif plan.kind == "bigan":
-        from .embeddings.bigan import BiGAN as kind
-    elif plan.kind == "conv-bigan":
-        from .embeddings.bigan import ConvBiGAN as kind
-    elif plan.kind == "infogan":
-        from .embeddings.infogan import InfoGAN as kind
-    elif plan.kind == "deepcluster":
-        from .embeddings.deepcluster import DeepCluster as kind
-    elif plan.kind == "pca":
-        from .embeddings.simple import PCAPixels as kind
-    elif plan.kind == "vae":
-        from .generators import VAE as kind
-    elif plan.kind == "msgan":
-        from .generators import MSGAN as kind
-    elif plan.kind == "given":
+    if plan.kind == "given":
         return given_generator(plan, channels, size, path)
-    elif plan.kind == "supervised":
-        from .embeddings.supervised import Supervised as kind
-    elif plan.kind == "simclr":
-        from .embeddings.simclr import SimCLR as kind
-    elif plan.kind == "vgg19":
-        from .embeddings.vgg import VGG19 as kind
-    elif plan.kind == "random":
-        from .embeddings.simple import RandomNetwork as kind
-    else:
+    if plan.kind not in KINDS:
         raise ValueError(f"nothing is built for an embedding of kind {plan.kind!r}")
-    return kind(channels, size, generator=generator, **plan.options)
+    generator = torch.Generator().manual_seed(seed)
+    return KINDS[plan.kind](channels, size, generator=generator, **plan.options)
 
 
 def given_generator(plan: EmbeddingPlan, channels: int, size: int, path) -> Embedding:
@@ -73,8 +63,6 @@ def given_generator(plan: EmbeddingPlan, channels: int, size: int, path) -> Embe
 
     FileNotFoundError: no such file.
     """
-    from .generators import GivenGenerator
-
     path = Path(path or "generator").with_suffix(".ts")
     if not path.is_file():
         what = "ProGAN (github.com/facebookresearch/pytorch_GAN_zoo)" if plan.options["latent"] == 512 else "BigBiGAN"

@@ -86,12 +86,7 @@ def train(
             tasks than processes; `tasks` or `log_every` below 1; snapshots or `validate` without `validate_every`,
             `keep_best` or `patience` without `validate`.
     """
-    if min(tasks, log_every) < 1:
-        raise ValueError(f"tasks={tasks}, log_every={log_every}: both must be at least 1")
-    if (snapshots or validate) and not validate_every:
-        raise ValueError("validations and snapshots come every `validate_every` steps; say how many")
-    if (keep_best or patience) and not validate:
-        raise ValueError("keep_best and patience need `validate`, which tells what is best")
+    _check(tasks, log_every, snapshots, validate, validate_every, keep_best, patience)
     fixed = dict(config or {}, tasks=tasks, way=way, shot=shot, query=query, clip=clip, seed=seed,
                  lr=lr(0) if callable(lr) else lr)  # fmt: skip
     run = _Run(learner, source, config=fixed, schedule=lr if callable(lr) else None, prepare=prepare, device=device,
@@ -115,7 +110,7 @@ def train(
         run.history["seconds"] += time.perf_counter() - started
         if logged:
             report.show()
-        if validate and validate_every and run.step % validate_every == 0:
+        if validate and run.step % validate_every == 0:
             run.check()
             run.validate(validate, keep_best)
         if snapshots and run.rank == 0 and (run.step % validate_every == 0 or run.step == steps):
@@ -130,6 +125,16 @@ def train(
     if keep_best and run.best is not None:
         learner.load_state_dict(run.best)
     return run.history | {"made_by": run.made_by}
+
+
+def _check(tasks, log_every, snapshots, validate, validate_every, keep_best, patience) -> None:
+    """ValueError: arguments of `train` that do not go together."""
+    if min(tasks, log_every) < 1:
+        raise ValueError(f"tasks={tasks}, log_every={log_every}: both must be at least 1")
+    if (snapshots or validate) and not validate_every:
+        raise ValueError("validations and snapshots come every `validate_every` steps; say how many")
+    if (keep_best or patience) and not validate:
+        raise ValueError("keep_best and patience need `validate`, which tells what is best")
 
 
 class _Run:

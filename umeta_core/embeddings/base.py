@@ -16,6 +16,8 @@ from ..results import provenance
 from ..storage import load_tensors, save_tensors
 from ..training import NonFiniteLoss
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue in [0, 1]
+
 
 class Embedding(nn.Module):
     """A map from images to vectors of `d` numbers, learned without labels (two controls aside: `Supervised`, `VGG19`).

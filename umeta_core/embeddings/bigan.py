@@ -110,6 +110,10 @@ class ConvBiGAN(BiGAN):
 
     Args:
         width: channels of the first convolution of the discriminator, 64 in the authors' script; others in proportion.
+        crop: height and width of the crops, a multiple of 16.
+
+    Raises:
+        ValueError: images smaller than the crops.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from ..checks import one_of
 from ..data import as_floats
 from ..evaluation import evaluating
 from ..storage import save_tensors
-from .base import Embedding, read
+from .base import IMAGENET_MEAN, IMAGENET_STD, Embedding, read
 
 CHANNELS = (96, 256, 384, 384, 256)
 POOLED = (0, 1, 4)  # the convolutions that a 3x3 max-pool of stride 2 follows
@@ -235,7 +235,7 @@ class Sobel(nn.Module):
         super().__init__()
         if channels not in (1, 3):
             raise ValueError(f"images of {channels} channels have no gray; use 1 or 3 channels")
-        mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+        mean, deviation = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])
         gray = torch.ones(1) if channels == 1 else 1 / (3 * deviation)
         self.register_buffer("gray", gray, persistent=False)
         self.register_buffer("offset", torch.zeros(()) if channels == 1 else -(mean * gray).sum(), persistent=False)

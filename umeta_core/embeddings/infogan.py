@@ -144,6 +144,7 @@ class InfoGAN(Embedding):
         """Images ``[n, len(values), C, H, W]`` where one part of the code takes each of `values`, the rest is fixed.
 
         part: 0 for the category (values 0, 1, ...), j for the j-th number (values in [-1, 1] were seen in training).
+        ValueError: the code has no such part.
         """
         if not 0 <= part <= self.numbers:
             raise ValueError(f"part {part} of a code of one category (0) and {self.numbers} numbers (1, ...)")

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from ..checks import one_of
 from ..data import as_floats
 from ..networks import glorot_uniform
-from .base import Embedding
+from .base import IMAGENET_MEAN, IMAGENET_STD, Embedding
 from .supervised import distort, look, random_boxes
 
 LAYERS, FILTERS, PROJECTED = 5, 64, 128
 SCHEDULES = ("released", "cosine", "constant")
 _WARM, _HALF_PERIOD = 10, 75  # epochs
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue
 
 
 class SimCLR(Embedding):
@@ -71,7 +70,7 @@ class SimCLR(Embedding):
         """Vectors ``[n, d]``, none of them negative, of images ``[n, C, H, W]`` in [0, 1]."""
         self.check_shape(x)
         if self.normalize:
-            x = (x - x.new_tensor(_MEAN).view(3, 1, 1)) / x.new_tensor(_DEVIATION).view(3, 1, 1)
+            x = (x - x.new_tensor(IMAGENET_MEAN).view(3, 1, 1)) / x.new_tensor(IMAGENET_STD).view(3, 1, 1)
         with self.autocast_for(x):
             z = self.encoder(x.contiguous(memory_format=torch.channels_last))
         return z.float()

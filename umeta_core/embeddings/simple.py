@@ -18,7 +18,10 @@ _DONE = {"epoch": [], "seconds": 0.0}  # the history of a fit without epochs
 
 
 class PCAPixels(Embedding):
-    """Pixels projected on their first `d` principal components, each scaled to variance 1. (eq-pca-whitening)"""
+    """Pixels projected on their first `d` principal components, each scaled to variance 1. (eq-pca-whitening)
+
+    ValueError: d above the number of pixels; in `fit`, not below that of the images.
+    """
 
     def __init__(self, channels=1, size=28, d=256, generator=None):
         super().__init__()

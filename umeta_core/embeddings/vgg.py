@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Embedding
-
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colors, as torchvision's weights expect
+from .base import IMAGENET_MEAN, IMAGENET_STD, Embedding
 
 
 class VGG19(Embedding):
@@ -46,8 +44,8 @@ class VGG19(Embedding):
                 if isinstance(layer, torch.nn.Conv2d):
                     torch.nn.init.kaiming_normal_(layer.weight, mode="fan_out", generator=generator)
         self.d = 512 * (input // 32) ** 2
-        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
         self.eval()
 
     def fit(self, images: Tensor | None = None, **settings) -> dict:

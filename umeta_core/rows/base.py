@@ -20,8 +20,9 @@ class Row:
     training tasks come from: "labels", "clusters" (of the embedding, or of pixels), "hyperplanes", "random", "mixed"
     (clusters and the labels of a share of the classes), "attributes", "augmented" (UMTRA), "latent" (of the generator
     `fitted`, with the arguments `latent` of `latent_tasks.LatentTasks`), "unlabeled" (sets of `shot` images, `way` 1).
-    `clusters` and `partitions` are k and P; `share` of the classes are labeled, and `mix` is the probability that a
-    task of "mixed" is of labels.
+    `inputs` is what the learner sees, "images" or "embeddings"; `split_protocol` is Omniglot's (`omniglot.PROTOCOLS`).
+    `clusters` and `partitions` are k and P, `margin` is that of hyperplanes; `share` of the classes are labeled, and
+    `mix` is the probability that a task of "mixed" is of labels.
 
     `steps` maps a scale to the number of meta-training steps; "full" is the paper's. `tasks`, `way`, `shot`, `query`,
     `lr` and `clip` are those of meta-training; `tests` are (way, shot) pairs, each measured on `test_tasks` tasks of
@@ -35,8 +36,8 @@ class Row:
     "patience".
 
     `readings` are other ways to test the same trained learner, by name, each as attributes of the learner, "tasks" if
-    these are to be fewer, and "classes" for tasks of those whose names end so (left out where there are none); they are
-    measured in the first two tests.
+    these are to be fewer, and "classes" for tasks of those whose names end so (left out where there are none), perhaps
+    of another "query"; they are measured in the first two tests.
 
     `search` makes the row a random search: the seed draws a configuration (see `configuration`), which is trained and
     then measured on the validation classes, so that a record is a trial; all trials meet the same tasks. It maps "lr"

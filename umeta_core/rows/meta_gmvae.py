@@ -115,5 +115,5 @@ _MINI = _mini_rows()
 
 ROWS = (
     *_OMNIGLOT, *_MINI, *(_few_decoded(row) for row in _OMNIGLOT),
-    *(row.renamed("-short", fitted="short SimCLR") for row in _MINI),
+    *(row.renamed(f"-{kind}", fitted=f"{kind} SimCLR") for kind in ("short", "plain") for row in _MINI),
 )  # fmt: skip
