@@ -85,7 +85,7 @@ def same_numbers(device):
 
 
 def saved_bytes(*given, recompute):
-    """Bytes that autograd holds at the end of the forward pass, each storage once."""
+    """Bytes that are held at the end of the forward pass, each storage once; recomputed steps hold their networks."""
     rule, phi, x, labeled, labels = given
     seen = {}
 
@@ -96,7 +96,8 @@ def saved_bytes(*given, recompute):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         meta_objective(rule(phi, x, recompute=recompute), labeled, labels, 10)
-    return sum(size for size, _ in seen.values())
+    networks = x.shape[1] * sum(tensor.nbytes for tensor in phi.tensors()) if recompute else 0
+    return networks + sum(size for size, _ in seen.values())
 
 
 def truncations_per_second(preset, tasks, device, seconds=5.0):

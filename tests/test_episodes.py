@@ -3,7 +3,7 @@ import torch
 
 from umeta_core.attributes import AttributeTasks, attribute_prototypes
 from umeta_core.data import ImageSet
-from umeta_core.episodes import Episodes, MixedTasks, PartitionTasks, sample_without_replacement
+from umeta_core.episodes import Episodes, MixedTasks, PartitionTasks, UnlabeledSets, sample_without_replacement
 
 
 def numbered(classes=6, each=8, channels=1):
@@ -112,13 +112,17 @@ def test_features_show_the_same_tasks():
     assert torch.equal(told.support[..., 0].long(), identity(seen.support))
 
 
-def test_bad_features_are_refused():
+@pytest.mark.parametrize("source", ["partition", "attributes", "unlabeled"])
+def test_bad_features_are_refused(source):
     images, z = numbered(), torch.zeros(48, 3)
+    images.attributes, one = torch.ones(48, 4, dtype=torch.uint8), torch.zeros(1, 3, 2, dtype=torch.int64)
+    make = {"partition": lambda z: PartitionTasks(images, None, z), "unlabeled": lambda z: UnlabeledSets(images, z),
+            "attributes": lambda z: AttributeTasks(images, one, z)}[source]  # fmt: skip
     with pytest.raises(ValueError, match="features are of 47 images but numbered train has 48"):
-        PartitionTasks(images, None, z[1:])
+        make(z[1:])
     z[3, 1], z[7, 0] = float("nan"), float("inf")
     with pytest.raises(ValueError, match="2 of 48 features are not finite"):
-        PartitionTasks(images, None, z)
+        make(z)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
