@@ -1,4 +1,4 @@
-"""The numbers behind the chapter's figure of longer training, at a size that takes seconds."""
+"""The numbers behind the figures of longer training and of components, at a size that takes seconds."""
 
 import dataclasses
 import json

@@ -321,6 +321,14 @@ def test_auto_augment_is_seeded_and_leaves_the_global_generator_alone():
     assert tasks.query.min() >= 0 and tasks.query.max() <= 1
 
 
+def test_photographs_are_augmented_by_the_policy_of_imagenet(monkeypatch):
+    transforms = pytest.importorskip("torchvision.transforms")
+    asked, real = [], transforms.AutoAugment
+    monkeypatch.setattr(transforms, "AutoAugment", lambda policy: asked.append(policy) or real(policy))
+    auto_augment(photos(n=2, channels=3, side=20).images, seeded())
+    assert asked == [transforms.AutoAugmentPolicy.IMAGENET]
+
+
 def test_both_learners_train_on_both_sources():
     data = photos(channels=1, side=16)
 

@@ -294,9 +294,11 @@ def _last(row: Row, learner, weights: dict, chosen: dict, scale: str, seed: int,
     That is what the selection on labels is worth. The learner gets its own weights back.
     """
     own = copy.deepcopy(learner.state_dict())
-    learner.load_state_dict(weights)
-    (cell,) = measure(replace(row, tests=row.tests[:1], readings={}), learner, scale, seed, device, stages)
-    learner.load_state_dict(own)
+    try:
+        learner.load_state_dict(weights)
+        (cell,) = measure(replace(row, tests=row.tests[:1], readings={}), learner, scale, seed, device, stages)
+    finally:
+        learner.load_state_dict(own)
     gap, half = difference(cell, chosen)
     return {name: cell[name] for name in ("tasks", "accuracy", "ci95")} | {
         "difference": round(gap, 4), "difference_ci95": round(half, 4)}  # fmt: skip

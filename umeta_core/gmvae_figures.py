@@ -116,7 +116,7 @@ def components(slug: str, checkpoint: str | Path, seed=0, rows=5, columns=7, sca
     how many are of the "support" set (they come first) and which are "wrong"; "one normal" is the control, a cloud of
     points from one normal with the mean and covariance of the training set's codes.
     """
-    row = find_row(slug)
+    origin, row = provenance("cpu"), find_row(slug)
     model, _ = trained(row, checkpoint, seed, scale=scale)
     model.eval()
     x = UnlabeledSets(shown(row, "train", scale)[0]).sample(1, 1, row.shot, 0, _seeded(3)).flat()[0]
@@ -134,7 +134,7 @@ def components(slug: str, checkpoint: str | Path, seed=0, rows=5, columns=7, sca
     parts = {name: {key: packed(value) if key != "wrong" else value for key, value in part.items()}
              for name, part in (("training", training), ("test", test))}  # fmt: skip
     return {"what": "components", "of": slug, "seed": seed, "size": x.shape[-1], "columns": columns, "counts": counts,
-            "steps": _chosen(row, checkpoint), **parts, "maps": maps, **provenance("cpu")}  # fmt: skip
+            "steps": _chosen(row, checkpoint), **parts, "maps": maps, **origin}  # fmt: skip
 
 
 def _seeded(seed: int) -> torch.Generator:

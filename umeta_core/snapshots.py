@@ -77,7 +77,7 @@ def selected(folder, row: str) -> dict | None:
 
 
 def chosen_step(folder, row: str) -> int | None:
-    """After how many steps those weights were taken."""
+    """After how many steps the weights of `selected` were taken; None and ValueError as there."""
     done = _validated(folder, row)
     values = dict(done.get("values", []))
     return done.get("chosen", max(values, key=values.get, default=None))
