@@ -154,7 +154,7 @@ def _divided(model: MetaGMVAE, mean: Tensor, log_variance: Tensor):
 def _made(model: MetaGMVAE, mixture: Mixture, c: int, n: int) -> Tensor:
     """n images ``[n, C, H, W]`` decoded from codes of component c of the first mixture."""
     width = 1 if mixture.variance is None else mixture.variance[0, c].sqrt()
-    return model.decoder(mixture.mean[0, c] + width * torch.randn(n, model.latent, generator=_seeded(4)))
+    return model.decoder(mixture.mean[0, c] + width * torch.randn(n, model.latent, generator=_seeded(c)))
 
 
 def _test_task(model: MetaGMVAE, source: PartitionTasks, columns: int) -> tuple[dict, dict]:
