@@ -3,22 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from points import blobs, seeded
 from sklearn.cluster import KMeans
 
 from umeta_core import kmeans
 from umeta_core.partitions import random_scalings
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def blobs(n=1500, d=10, centers=30, noise=0.4, seed=0, dtype=torch.float32):
-    """Overlapping groups, and the group of each point."""
-    g = seeded(seed)
-    group = torch.randint(centers, (n,), generator=g)
-    x = torch.randn(centers, d, generator=g, dtype=dtype)[group] + noise * torch.randn(n, d, generator=g, dtype=dtype)
-    return x, group
 
 
 def literal_lloyd(x, centroids, steps):

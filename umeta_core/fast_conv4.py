@@ -256,6 +256,7 @@ class _BlockBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ggx, ggw, ggscale, ggshift):
+        """The second backward pass: gradients of the first one's inputs, from those of its outputs."""
         if torch.is_grad_enabled():  # what follows is written out, and would pass for a constant
             raise RuntimeError("conv_block can be differentiated twice, not three times")
         block = copy.copy(ctx.block)
@@ -271,6 +272,7 @@ class _BlockBackward(torch.autograd.Function):
 class _BlockForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, scale, shift, geometry, moments):
+        """The block's output and its batch statistics, as `conv_block`."""
         block = Block(geometry, moments, need_input=ctx.needs_input_grad[0])
         out = block.forward(x.detach(), channels_last(w.detach()), scale.detach(), shift.detach())
         block.out = out.detach()  # the output itself would close a reference cycle and never be freed

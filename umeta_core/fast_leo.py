@@ -52,6 +52,7 @@ class InnerLoops:
     # Forward -----------------------------------------------------------------------------------------------------
 
     def decode(self, z: Tensor) -> Decoded:
+        """Weights drawn for codes ``[T, N, C, n_z]``, and what the backward pass needs of the draw."""
         mean = z.mean(2) @ self.to_mean
         if not self.model.stochastic:
             return Decoded(z, mean, None)

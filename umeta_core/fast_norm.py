@@ -18,6 +18,7 @@ class NormRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, scale, shift):
+        """``relu(scale h + shift)`` with h the normalized y, its mean and its variance."""
         ctx.images = max(1, CACHE // y[0].numel()) if y.device.type == "cpu" else len(y)
         mean, var = batch_statistics(y)
         r = torch.rsqrt(var + Geometry.eps)

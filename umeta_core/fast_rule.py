@@ -30,6 +30,7 @@ class ConvNormRelu(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
+        """Gradients of x, the filter and the shift, written out; they cannot be differentiated again."""
         x, weight, normed, out, rstd = ctx.saved_tensors
         count = normed.shape[1] * normed.shape[2]
         g = torch.ops.aten.threshold_backward(grad, out, 0)

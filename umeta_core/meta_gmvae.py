@@ -260,6 +260,7 @@ class _Reconstruction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, model, x, *parameters):
+        """Losses of all chunks; their gradients are kept for the backward pass, which only scales them."""
         losses, to_z, to_parameters = 0, [], None
         for part in model._chunks(z):
             with torch.enable_grad():

@@ -101,6 +101,7 @@ class _Type:
         self.order = order if order in ("<", ">") else "="
 
     def array(self, data, shape, order="C") -> np.ndarray:
+        """The array in `data`, bytes or a list of strings. _Refused: other objects."""
         if self.name[0] != "O":
             data = data.encode("latin1") if isinstance(data, str) else data
             return np.frombuffer(data, self.order + self.name).reshape(shape, order=order).copy()

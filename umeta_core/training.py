@@ -168,6 +168,7 @@ class _Run:
         self.made_by = [*self.made_by, provenance(device)]
 
     def one_step(self, tasks: int, way: int, shot: int, query: int) -> None:
+        """Draw tasks, average the gradients of all processes, and update. NonFiniteLoss: on a CPU, at once."""
         episodes = self.source.sample(tasks, way, shot, query, self.generator)
         losses, accuracies = self.learner.loss(self._share(episodes))
         self.optimizer.zero_grad(set_to_none=True)
@@ -235,6 +236,7 @@ class _Run:
         return f"; the last checkpoint, {self.checkpoint}, is from before" if self.checkpoint else ""
 
     def log(self) -> None:
+        """Put the means since the last call into the history. NonFiniteLoss: they are not, and nothing skips steps."""
         recent = torch.stack(self.recent)
         if self.prepare is not None:
             finite = recent.isfinite().all(1)
@@ -259,6 +261,7 @@ class _Run:
             )
 
     def save(self) -> None:
+        """Write the checkpoint, in the first process alone. NonFiniteLoss: as `check`, and the old file stays."""
         if self.rank != 0:
             return
         self.check()
@@ -277,6 +280,7 @@ class _Run:
         save_tensors(state, self.checkpoint)
 
     def load(self) -> None:
+        """Go on from the checkpoint. ValueError: it is of another run, or of another network."""
         state = read_checkpoint(self.checkpoint)
         old, new = state["config"], self.config
         differ = [
@@ -318,6 +322,7 @@ class _Report:
                 self.bar = tqdm(total=steps, initial=run.step, unit="step")
 
     def show(self) -> None:
+        """Print or draw where the run is, if it is time."""
         if not self.shown:
             return
         h, run = self.run.history, self.run

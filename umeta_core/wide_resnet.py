@@ -87,6 +87,7 @@ class Block(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Maps ``[n, outputs, h, w]`` of maps ``[n, inputs, H, W]``; dropout in training draws from `generator`."""
         y = F.relu(self.norm1(x))
         # As in the authors' network, the projection too starts from the normalized and rectified input.
         x = x if self.shortcut is None else self.shortcut(y)

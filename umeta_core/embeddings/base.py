@@ -153,6 +153,7 @@ class _Fitting:
         return self.epoch + (0 if self.order is None else self.at / len(self.order))
 
     def one_step(self) -> None:
+        """One update; an epoch begins or ends with it where it is due. ValueError: no batch fits into an epoch."""
         started = time.perf_counter()
         if self.order is None:
             self.order, self.at, self.sums = self.model.start_epoch(self.images, self.epoch, self.epochs,
@@ -184,6 +185,7 @@ class _Fitting:
                                     "Lower the learning rate.")  # fmt: skip
 
     def save(self) -> None:
+        """Write the checkpoint. NonFiniteLoss: a loss or a weight is not finite, and the old file stays."""
         if self.order is not None:
             self._check()
         if not all(p.isfinite().all() for p in self.model.parameters()):
@@ -197,6 +199,7 @@ class _Fitting:
         save_tensors(state, self.checkpoint)
 
     def load(self) -> None:
+        """Go on from the checkpoint. ValueError: it is of another run, or of another kind of device."""
         state = read(self.checkpoint)
         old = state.get("config", {})
         for what in ("options", "pixels"):  # files of older versions do not say
