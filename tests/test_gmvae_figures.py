@@ -83,6 +83,12 @@ def test_components_are_those_of_the_trained_row(tmp_path, monkeypatch):
     assert found["maps"]["test task"]["component"][:5] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("slug", ["vanilla-vae", "gmvae-mini-imagenet", "lr-simclr-mini-imagenet", "oracle-maml"])
+def test_rows_without_components_of_images_are_refused(slug):
+    with pytest.raises(ValueError, match=f"{slug} has no components"):
+        gmvae_figures.components(slug, "nothing.pt")
+
+
 def test_models_are_trained_on_the_training_scripts(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(gmvae_figures, "train",

@@ -114,9 +114,12 @@ def components(slug: str, checkpoint: str | Path, seed=0, rows=5, columns=7, sca
     components (test: of each class, by the answers, "wrong" says which are), and "generated" from the component, as
     `packed` text; "counts" of the real ones. Under "maps", t-SNE of the codes: "place" of each point, its "component",
     how many are of the "support" set (they come first) and which are "wrong"; "one normal" is the control, a cloud of
-    points from one normal with the mean and covariance of the training set's codes.
+    points from one normal with the mean and covariance of the training set's codes. ValueError: a row that fits no
+    mixture to images.
     """
     origin, row = provenance("cpu"), find_row(slug)
+    if row.learner != "gmvae" or row.inputs != "images" or not row.options.get("episodic", True):
+        raise ValueError(f"{slug} has no components of images to show; take a row with a mixture over images")
     model, _ = trained(row, checkpoint, seed, scale=scale)
     model.eval()
     x = UnlabeledSets(shown(row, "train", scale)[0]).sample(1, 1, row.shot, 0, _seeded(3)).flat()[0]
