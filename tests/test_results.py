@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from umeta_core import results, storage
-from umeta_core.experiments import plain
+from umeta_core.experiments import paper_epochs, plain
 from umeta_core.results import (
     compare,
     difference,
@@ -391,6 +391,7 @@ def test_records_were_made_with_what_their_rows_say(paper):
         if "epochs" in fit:
             options = json.loads(json.dumps(row.plan.options))
             assert (fit["epochs"], fit["batch"], fit["options"]) == (row.plan.epochs[scale], row.plan.batch, options)
+            assert fit["paper_epochs"] == paper_epochs(row), name
 
 
 def test_one_seed_on_fewer_tasks_reduces_the_mean(tmp_path):

@@ -456,14 +456,19 @@ def embedding_record(row: Row, scale: str, stages=None) -> dict:
         return {}
     if row.inputs == "embeddings" and vectors_file(row, "test", scale, stages) == published_file(row, "test", stages):
         return {"embedding_fit": {"origin": "published features"}}
-    plan, name = row.plan, row.fitted or row.embedding
-    for word in ("short ", "plain ", "small ", "untrained "):
-        name = name.removeprefix(word)
-    paper = embedding_plan(row.embedding if name == "features" else name, row.dataset).epochs["full"]
+    plan = row.plan
     made_by, is_shared = fitted_by(row, scale, stages)
     origin = {"origin": "shared fit"} if is_shared else {}
     return {"embedding_fit": {"options": plain(plan.options), "epochs": plan.epochs[scale], "batch": plan.batch,
-                              "paper_epochs": paper, "seed": 0, "made_by": made_by, **origin}}  # fmt: skip
+                              "paper_epochs": paper_epochs(row), "seed": 0, "made_by": made_by, **origin}}  # fmt: skip
+
+
+def paper_epochs(row: Row) -> int:
+    """For how many epochs the paper fits the row's embedding, of which its own plan may be a short version."""
+    name = row.fitted or row.embedding
+    for word in ("short ", "plain ", "small ", "untrained "):
+        name = name.removeprefix(word)
+    return embedding_plan(row.embedding if name == "features" else name, row.dataset).epochs["full"]
 
 
 def images_record(row: Row, scale: str, stages=None) -> dict:
