@@ -31,7 +31,7 @@ clean:  ## remove the built site and its caches, not the environment
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) tools/check_python.py
 	@echo "Installing into .venv (once; PyTorch is large)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@

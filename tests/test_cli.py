@@ -214,7 +214,7 @@ def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys, monkeypatch, e
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # under nohup the end of a terminal is ignored
     threading.Thread(target=interrupt).start()
     with open(tmp_path / "lock", "w") as lock, pytest.raises(KeyboardInterrupt):
-        cli._run_to_the_end([sys.executable, "-c", engine], dict(os.environ), lock)
+        cli._run_to_the_end([sys.executable, "-c", engine], dict(os.environ), lock, restart=False)
     assert "goes on from the last checkpoints" in capsys.readouterr().err
     pid = int((tmp_path / "pid").read_text())
     for _ in range(600):  # what is killed takes a moment to go on a busy machine; the kernel would sleep for a minute
@@ -296,10 +296,33 @@ def test_train_then_evaluate_from_the_checkpoint(tmp_path, capsys):
     assert "p.pt is of the row oracle-protonets-glyphs, not of oracle-maml-glyphs" in error
 
 
+def test_what_went_wrong_in_a_run_is_said_though_its_table_has_no_records(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise ValueError("a run failed")
+
+    monkeypatch.setattr(cli, "_snakefile", lambda: tmp_path)
+    monkeypatch.setattr(cli, "_snakemake", fail)
+    assert main(["reproduce", "cactus", "--table", "curves", "--results", str(tmp_path)]) == 2
+    assert "a run failed" in capsys.readouterr().err
+
+
+def test_a_forced_run_does_not_claim_to_go_on():
+    assert cli._same_command(False) == "the same command goes on from the last checkpoints"
+    assert "starts all over" in cli._same_command(True)
+
+
+def test_a_run_has_no_more_steps_than_its_row(capsys):
+    assert main(["train", "scratch", "--dataset", "glyphs", "--steps", "5"]) == 2
+    assert capsys.readouterr().err.endswith("scratch-glyphs has 0 steps\n")
+    assert main(["train", "leo-1shot-small", "--dataset", "glyphs", "--scale", "full", "--steps", "50000"]) == 2
+    assert "has 20,000 steps" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_reproduce_runs_records_and_resumes(tmp_path):
     pytest.importorskip("snakemake")
     pytest.importorskip("papermill")
+    tmp_path = tmp_path / "run #2: with spaces"  # Snakemake reads what it is given as YAML
     arguments = ("reproduce", "cactus", "--table", 8, "--rows", "oracle-protonets", "--dataset", "glyphs",
                  "--scale", "smoke", "--cores", 1, "--runs", tmp_path / "runs",
                  "--results", tmp_path / "results")  # fmt: skip

@@ -1,5 +1,6 @@
 """Data sets: formats, protocols, where they are looked for, and what is said when they are missing or damaged."""
 
+import errno
 import io
 import os
 import pickle
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -287,6 +289,18 @@ def test_packing_imagenet_goes_on_after_an_interruption(tmp_path, monkeypatch):
     assert torch.equal(resumed.images, whole.images) and torch.equal(resumed.labels, whole.labels)
     decoded.clear()
     assert data.pack("imagenet", tmp_path, out) == paths and not decoded  # packed already
+
+
+@pytest.mark.parametrize("code, passes", [(errno.ENOSYS, True), (errno.EIO, False)])
+def test_a_file_system_without_locks_is_let_through(tmp_path, monkeypatch, code, passes):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with nullcontext() if passes else pytest.raises(OSError, match="no"), storage.alone(tmp_path / "file"):
+        pass
 
 
 def test_of_several_runs_one_packs_imagenet(tmp_path, monkeypatch):

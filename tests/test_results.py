@@ -132,6 +132,13 @@ def test_what_the_paper_lacks_is_listed_after_what_it_prints(tmp_path):
     assert len(rows) == 92 and last["method"] == "Embedding ridge" and last["verdict"] == "no published number"
 
 
+def test_a_cell_that_the_paper_lacks_is_listed_although_others_are_printed(tmp_path):
+    made = record()
+    write_record(made | {"cells": [*made["cells"], made["cells"][0] | {"way": 50}]}, tmp_path)
+    *rows, last = compare("cactus", "8", folder=tmp_path)
+    assert len(rows) == 92 and (last["way"], last["ours"], last["verdict"]) == (50, 98.35, "no published number")
+
+
 @pytest.mark.parametrize(
     ("ours", "ci95", "spread", "reduced", "word"),
     [

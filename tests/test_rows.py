@@ -181,6 +181,32 @@ def test_a_checkpoint_gives_the_best_weights_of_its_run(tmp_path):
     assert not all(torch.equal(value, state["learner"][name]) for name, value in found.state_dict().items())
 
 
+def test_a_checkpoint_is_tested_on_the_embedding_it_learned_on(tmp_path):
+    row, file = find_row("leo-1shot", "glyphs"), tmp_path / "run.pt"
+    empty = dict.fromkeys(("step", "learner", "optimizer", "generator", "history"))
+    save_tensors(empty | {"config": {"row": row.slug, "scale": "smoke"}}, file)
+    with pytest.raises(ValueError, match="learned on the embedding of scale smoke; test it with --scale smoke"):
+        experiments.trained(row, file, scale="quick", stages=tmp_path)
+    with pytest.raises(ValueError, match="scratch-glyphs trains nothing and has no checkpoint"):
+        experiments.trained(find_row("scratch", "glyphs"), file)
+
+
+def test_a_shortened_run_is_validated_at_the_steps_of_the_whole():
+    row = find_row("leo-1shot")
+    assert dataclasses.replace(row, at_most=2000).checks("full") == row.checks("full") == (2000, 1000)
+
+
+def test_a_skipped_interval_of_losses_stays_empty_in_the_record():
+    history = {"step": [100, 200], "loss": [None, 0.123456], "accuracy": [None, 50.0], "seconds": 1.0}
+    assert experiments._thinned(history) == {"step": [100, 200], "loss": [None, 0.1235], "accuracy": [None, 50.0]}
+
+
+@pytest.mark.parametrize("dataset", ["glyphs", "celeba_identity"])
+def test_a_moved_row_is_found_by_its_name(dataset):
+    for row in select_rows("cactus", "8", "oracle,scratch", dataset):
+        assert find_row(row.slug) == row
+
+
 def test_selection_is_on_the_validation_classes():
     row, seen = find_row("gmvae-20way-5shot-glyphs"), []
 

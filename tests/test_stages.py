@@ -347,6 +347,20 @@ def test_baselines_are_tuned_on_validation_tasks_and_the_tuning_is_recorded(fold
     assert "tuned" not in matching["cells"][0]
 
 
+def test_a_training_does_not_go_on_with_other_partitions(tmp_path):
+    row, checkpoint = find_row("cactus-protonets-pca-pixels", "glyphs"), tmp_path / "run.pt"
+    experiments.train_row(dataclasses.replace(row, at_most=1), "smoke", 0, checkpoint=checkpoint, stages=tmp_path)
+    (file,) = stages.stage_files(row, "smoke", 0, tmp_path)
+    kept = read(file)
+    save_tensors(kept | {"partitions": kept["partitions"].flip(1)}, file)
+    with pytest.raises(ValueError, match="belongs to another run .stages: "):
+        experiments.train_row(row, "smoke", 0, checkpoint=checkpoint, stages=tmp_path)
+    save_tensors(kept, file)
+    _, history = experiments.train_row(row, "smoke", 0, checkpoint=checkpoint, stages=tmp_path)
+    assert history["step"][-1] == 3
+    assert stages.training_mark(find_row("oracle-protonets", "glyphs"), "smoke", 0, tmp_path) == ""
+
+
 def test_vectors_of_other_images_are_refused(tmp_path):
     row = find_row("knn-bigan", "glyphs")
     save_tensors({"z": torch.zeros(5, 200)}, stages.vectors_file(row, "val", "smoke", tmp_path))

@@ -12,11 +12,12 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 
 from . import results
 from .results import REPOSITORY, SCALES
-from .speed import rank
+from .speed import cores, rank
 
 TWO_CORES = 0.6  # of the time with one thread, measured for MAML on 20-way tasks
 _RECORDS = "folder of records (default: $UMETA_RESULTS, else the repository's)"
@@ -99,7 +100,7 @@ def _add_reproduce(commands) -> None:
     _add_machine(command)
     command.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="SEED",
                          help="one run each (default: 0)")
-    command.add_argument("--cores", type=_positive, default=os.cpu_count(), help="processor cores for all runs")
+    command.add_argument("--cores", type=_positive, default=cores(), help="processor cores for all runs")
     command.add_argument("--gpus", type=_positive, default=1, help="runs that may share --device (default: 1)")
     command.add_argument("--runs", type=_path, default=Path("runs"), help="executed notebooks and checkpoints go here")
     command.add_argument("--results", type=_path, help=_RECORDS)
@@ -235,8 +236,8 @@ def _train(arguments) -> None:
     from .experiments import BASELINES, run_row, train_row
     from .rows import find_row
 
-    row = find_row(arguments.row, arguments.dataset).configuration(arguments.seed)
-    row = row if arguments.steps is None else replace(row, at_most=arguments.steps)
+    whole = find_row(arguments.row, arguments.dataset).configuration(arguments.seed)
+    row = whole if arguments.steps is None else replace(whole, at_most=arguments.steps)
     _prepare(arguments)
     if arguments.checkpoint and arguments.checkpoint.is_dir():
         raise ValueError(f"{arguments.checkpoint} is a folder; --checkpoint is a file")
@@ -245,9 +246,10 @@ def _train(arguments) -> None:
     first = rank() == 0  # under torchrun one process tests
     if row.learner in BASELINES:
         raise ValueError(_tuned_and_tested(row))
-    if arguments.steps is not None and arguments.steps > row.steps[arguments.scale]:
+    if arguments.steps is not None and arguments.steps > whole.budget(arguments.scale):
+        more = next((scale for scale in SCALES if whole.budget(scale) >= arguments.steps), None)
         raise ValueError(f"--steps {arguments.steps}: at scale {arguments.scale} {row.slug} has "
-                         f"{row.steps[arguments.scale]:,} steps; take another --scale")  # fmt: skip
+                         f"{whole.budget(arguments.scale):,} steps" + (f"; take --scale {more}" if more else ""))
     seconds = expected_seconds(row, arguments.scale, arguments.device)
     if not arguments.checkpoint and (seconds or 0) > 600:
         print(f"without --checkpoint an interruption loses all of {_duration(seconds)}", file=sys.stderr)
@@ -322,15 +324,17 @@ def _reproduce(arguments) -> None:
     shortened = _print_plan(arguments, rows, folder)
     if arguments.dry_run:
         return
+    snakefile = _snakefile()
     results.check_writable(folder / arguments.paper)
     again = {results.record_path(row.paper, row.slug, arguments.scale, seed, folder)
              for row in rows for seed in arguments.seeds if arguments.force}  # fmt: skip
     for path in set((folder / arguments.paper).glob("*.json")) - again:
         results.read_record(path)  # a damaged one would hide the table at the end
     try:
-        _snakemake(arguments, rows, folder, shortened)
+        _snakemake(arguments, rows, folder, shortened, snakefile)
     finally:
-        print(results.table_text(arguments.paper, arguments.table, arguments.dataset, True, folder))
+        with contextlib.suppress(ValueError):  # no record of such a table yet: the error of the run is the one to see
+            print(results.table_text(arguments.paper, arguments.table, arguments.dataset, True, folder))
 
 
 def _get_data(rows, arguments) -> None:
@@ -439,22 +443,28 @@ def _duration(seconds) -> str:
     return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
-def _snakemake(arguments, rows: list, folder: Path, again: list[Path]) -> None:
-    """Hand the plan to Snakemake, with `--runs` as its working directory; the records `again` are made anew.
-
-    Raises ValueError when a run failed.
-    """
+def _snakefile() -> Path:
+    """The engine's rules. ValueError or FileNotFoundError: what runs need is not installed."""
     missing = [name for name in ("snakemake", "papermill") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)} not installed; pip install -e '.[reproduce]' (Python 3.11 or newer)")
     snakefile = REPOSITORY / "workflow" / "Snakefile"
     if not snakefile.is_file():
         raise FileNotFoundError(f"{snakefile} not found; pip install -e '.[reproduce]' in a clone")
+    return snakefile
+
+
+def _snakemake(arguments, rows: list, folder: Path, again: list[Path], snakefile: Path) -> None:
+    """Hand the plan to Snakemake, with `--runs` as its working directory; the records `again` are made anew.
+
+    Raises ValueError when a run failed.
+    """
     runs = arguments.runs.resolve()
     runs.mkdir(parents=True, exist_ok=True)
     slugs = ",".join(row.slug for row in rows)
     config = {"paper": arguments.paper, "rows": slugs, "scale": arguments.scale, "device": arguments.device,
-              "seeds": ",".join(map(str, arguments.seeds)), "threads": arguments.threads or 1, "results": str(folder),
+              "seeds": ",".join(map(str, arguments.seeds)), "threads": arguments.threads or 1,
+              "results": urllib.parse.quote(str(folder)),  # Snakemake reads values as YAML
               "table": arguments.table, "dataset": arguments.dataset, "restart": arguments.force or None,
               "again": ",".join(path.stem for path in again) or None}  # fmt: skip
     command = [
@@ -475,13 +485,19 @@ def _snakemake(arguments, rows: list, folder: Path, again: list[Path]) -> None:
             _get_data(rows, arguments)
         if arguments.force:
             _forget_trainings(rows, arguments, runs)
-        failed = _run_to_the_end(command, environment, lock)
+        failed = _run_to_the_end(command, environment, lock, arguments.force)
     if failed:
         raise ValueError(f"a run failed (above); its notebook and checkpoint are in {runs / arguments.paper}. Once the "
-                         "cause is mended, the same command goes on from there")
+                         f"cause is mended, {_same_command(arguments.force)}")
 
 
-def _run_to_the_end(command: list[str], environment: dict, lock) -> int:
+def _same_command(restart: bool) -> str:
+    """What repeating a command does."""
+    return "the same command " + ("starts all over; without --force, rows that have a record stay as they are"
+                                  if restart else "goes on from the last checkpoints")  # fmt: skip
+
+
+def _run_to_the_end(command: list[str], environment: dict, lock, restart: bool) -> int:
     """The exit code of a command. An interrupt, a SIGTERM or the end of the terminal ends all that it started.
 
     Snakemake alone would leave its jobs running, and the kernel of a notebook has a session of its own.
@@ -502,7 +518,7 @@ def _run_to_the_end(command: list[str], environment: dict, lock) -> int:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
         process.wait()
-        print("what was running is stopped; the same command goes on from the last checkpoints", file=sys.stderr)
+        print(f"what was running is stopped; {_same_command(restart)}", file=sys.stderr)
         raise
     finally:
         for each, handler in before.items():

@@ -43,6 +43,7 @@ from .stages import (
     make_partitions,
     published_file,
     shown,
+    training_mark,
     vectors_file,
 )
 from .storage import alone
@@ -96,8 +97,11 @@ def untrained(row: Row, seed: int, device="cpu", scale="quick", stages=None) -> 
 def trained(row: Row, checkpoint, seed=0, device="cpu", scale="quick", stages=None) -> tuple[torch.nn.Module, int]:
     """The row's meta-learner from a checkpoint, the best of its run if that was kept, and after how many steps.
 
-    FileNotFoundError: there is no such file; ValueError: it is of another row, or of another network.
+    FileNotFoundError: there is no such file; ValueError: it is of another row, another network, or learned on another
+    embedding; or the row trains nothing.
     """
+    if not row.trained:
+        raise ValueError(f"{row.slug} trains nothing and has no checkpoint; umeta train {row.slug} tests it as it is")
     path = training_file(row, checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; umeta train {row.slug} --checkpoint makes one")
@@ -105,6 +109,9 @@ def trained(row: Row, checkpoint, seed=0, device="cpu", scale="quick", stages=No
     of = state["config"].get("row")
     if of not in (None, row.slug, row.training_of):
         raise ValueError(f"{path} is of the row {of}, not of {row.slug}")
+    of_scale, published = state["config"].get("scale", scale), published_file(row, "test", stages)
+    if row.inputs == "embeddings" and of_scale != scale and vectors_file(row, "test", scale, stages) != published:
+        raise ValueError(f"{path} learned on the embedding of scale {of_scale}; test it with --scale {of_scale}")
     learner = untrained(row, seed, device, scale, stages)
     try:
         learner.load_state_dict(state.get("best") or selected(snapshots_of(path), row.slug) or state["learner"])
@@ -183,11 +190,13 @@ def train_row(row: Row, scale: str, seed: int, device="cpu", checkpoint=None, st
 
 
 def _train(learner, row: Row, scale: str, seed: int, device, checkpoint, stages, **during) -> dict:
+    source = training_tasks(row, scale, seed, device, stages)
     return train(
-        learner, training_tasks(row, scale, seed, device, stages), steps=row.budget(scale), tasks=row.tasks,
+        learner, source, steps=row.budget(scale), tasks=row.tasks,
         way=row.way, shot=row.shot, query=row.query, lr=row.lr, clip=row.clip, seed=seed, device=device,
         prepare=learner.prepare_gradients if isinstance(learner, LEO) else None, checkpoint=checkpoint,
-        config={"row": row.training_of or row.slug, "scale": scale, **plain(row.training())}, **during,
+        config={"row": row.training_of or row.slug, "scale": scale, **plain(row.training()),
+                "stages": training_mark(row, scale, seed, stages)}, **during,
     )  # fmt: skip
 
 
@@ -489,7 +498,12 @@ def _thinned(history: dict, points: int = 100) -> dict:
     """The training curve at no more than about 100 points, short enough for a record."""
     every = -(-len(history["step"]) // points) or 1
     keep = range(len(history["step"]) - 1, -1, -every)[::-1]
-    return {name: [round(history[name][i], 4) for i in keep] for name in ("step", "loss", "accuracy")}
+    return {name: [_rounded(history[name][i]) for i in keep] for name in ("step", "loss", "accuracy")}
+
+
+def _rounded(value: float | None) -> float | None:
+    """None is an interval of training without a finite loss."""
+    return None if value is None else round(value, 4)
 
 
 def execute_notebook(row: Row, scale: str, seed: int, device="cpu", threads=1, folder=None, runs="runs"):

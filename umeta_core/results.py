@@ -336,8 +336,10 @@ def compare(paper: str, table=None, dataset: str | None = None, folder=None) -> 
 def _unpublished(records: list[dict], numbers: list[dict], datasets: set) -> list[dict]:
     """Stand-ins for published numbers, from the records of what the paper does not print."""
     names = ("table", "dataset", "method", "embedding", "variant")
-    ours = [r for r in records if r["dataset"] in datasets and not any(matches(number, r) for number in numbers)]
-    keys = dict.fromkeys((*(r[name] for name in names), c["way"], c["shot"]) for r in ours for c in r["cells"])
+    ours = [(r, c) for r in records if r["dataset"] in datasets for c in r["cells"]
+            if not any(matches(n, r) and n["metric"] == "accuracy" and (n["way"], n["shot"]) == (c["way"], c["shot"])
+                       for n in numbers)]  # fmt: skip
+    keys = dict.fromkeys((*(r[name] for name in names), c["way"], c["shot"]) for r, c in ours)
     rest = {"value": None, "ci": None, "metric": "accuracy", "notes": ""}
     return [dict(zip((*names, "way", "shot"), key, strict=True), **rest) for key in keys]
 

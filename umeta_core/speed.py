@@ -21,6 +21,11 @@ def tune_cpu() -> bool:
     return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
+def cores() -> int:
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def rank() -> int:
     """The number of this process among those that ``torchrun`` has started, 0 for one alone."""
     return int(os.environ.get("RANK", 0))

@@ -34,7 +34,7 @@ from .pickles import read_embeddings
 from .readers import MINI_IMAGENET
 from .rows import EMBEDDINGS, EmbeddingPlan, Row, embedding_plan
 from .speed import tune_cpu
-from .storage import alone, cache_folder, load_tensors, save_tensors
+from .storage import alone, cache_folder, load_tensors, save_tensors, sha256
 
 KINDS = {
     "acai": ACAI, "bigan": BiGAN, "conv-bigan": ConvBiGAN, "infogan": InfoGAN, "deepcluster": DeepCluster,
@@ -137,6 +137,17 @@ def stage_files(row: Row, scale: str, seed: int, folder=None) -> list[Path]:
     return files
 
 
+def training_mark(row: Row, scale: str, seed: int, folder=None) -> str:
+    """A checksum of the files that the row's training tasks were made of; "" if they are of images and labels."""
+    files = [fit_file(row, scale, folder)] if row.source in ("latent", "augmented") and row.needs_embedding else []
+    if row.source in ("clusters", "hyperplanes", "mixed"):
+        files.append(partitions_file(row, scale, seed, folder))
+    if row.inputs == "embeddings":
+        files += [vectors_file(row, split, scale, folder) for split in row.train_splits]
+    sums = [sha256(file) for file in files if file.is_file()]  # a generator that others trained has none
+    return hashlib.sha256("".join(sums).encode()).hexdigest()[:16] if sums else ""
+
+
 def run_stage(rows: list[Row], scale: str, seeds: list[int], path, device="cpu", threads=1) -> None:
     """Make the stage file `path` for the first of the rows that needs it. ValueError: none does."""
     path = Path(path)
@@ -237,7 +248,8 @@ def vectors(row: Row, split: str, scale: str, device="cpu", folder=None) -> Tens
         _check_images(path, stored, images)
         if stored.get("settings", settings) != settings:
             raise ValueError(f"{path} is of an embedding with {stored['settings']}, the row has {settings}; delete it, "
-                             "the fit, and partitions and centroids of it, to make them again")  # fmt: skip
+                             "the fit, partitions and centroids of it, and checkpoints trained on them, to make "
+                             "them again")  # fmt: skip
         return stored["z"].to(device)
     model = fit_embedding(row, scale, device, folder)
     z = model.embed(images.images.to(device))

@@ -1,5 +1,6 @@
 """Files: the cache folder, writes that are whole or not at all, locks, archives, tensors, memory-mapped arrays."""
 
+import errno
 import glob
 import hashlib
 import json
@@ -80,7 +81,7 @@ def atomic_folder(folder):
 
 @contextmanager
 def alone(path):
-    """Keep other processes that make the same file waiting; they then find it. Not on systems without ``fcntl``."""
+    """Keep other processes that make the same file waiting; they then find it. Not where there are no file locks."""
     try:
         import fcntl
     except ImportError:
@@ -101,6 +102,9 @@ def alone(path):
         except BlockingIOError:
             print(f"waiting for another process that makes {path}", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
         yield
 
 

@@ -283,6 +283,7 @@ class _Run:
         """Go on from the checkpoint. ValueError: it is of another run, or of another network."""
         state = read_checkpoint(self.checkpoint)
         old, new = state["config"], self.config
+        old = {"stages": new["stages"], **old} if "stages" in new else old  # older files do not name theirs
         differ = [
             f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
         ]

@@ -42,7 +42,7 @@ def find_row(slug: str, dataset: str | None = None) -> Row:
         slug = own if own in by_slug else slug
     if slug in by_slug:
         return on_dataset(by_slug[slug], dataset or by_slug[slug].dataset)
-    for place in ABOUT:
+    for place in dict.fromkeys((*ABOUT, *(row.dataset for row in ROWS))):
         row = by_slug.get(slug.removesuffix(f"-{place.replace('_', '-')}"))
         if row is not None:
             return on_dataset(row, dataset or place)

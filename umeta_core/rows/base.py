@@ -105,14 +105,13 @@ class Row:
         return "; ".join(part for part in parts if part)
 
     def checks(self, scale: str) -> tuple[int, int]:
-        """Tasks of a validation, and after how many steps there is one: at least five times in a run.
+        """Tasks of a validation, and after how many steps there is one: at least five times in a whole run.
 
-        A training that rows share is checked as if it were whole: a shortened one may be gone on with.
+        A shortened run is checked as if it were whole, as it may be gone on with.
         """
         tasks = {"smoke": self.test_tasks["smoke"], "quick": min(200, self.validation["tasks"]),
                  "full": self.validation["tasks"]}[scale]  # fmt: skip
-        steps = self.steps[scale] if self.training_of else self.budget(scale)
-        return tasks, min(self.validation["every"], -(-steps // 5))
+        return tasks, min(self.validation["every"], -(-self.steps[scale] // 5))
 
     def configuration(self, seed: int) -> Row:
         """The row itself, or the trial that `seed` draws, always the same."""
