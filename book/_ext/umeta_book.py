@@ -43,6 +43,15 @@ def colab_links(app, pagename, templatename, context, doctree):
     rewrite(context.get("header_buttons", []))
 
 
+def scripts_once(app, pagename, templatename, context, doctree):
+    """Keep one of equal scripts: Sphinx takes inline ones twice (without a name and with an empty one).
+
+    Constants of sphinx-thebe that are declared again are an error in the browser's console.
+    """
+    unique = {(script.filename or "", script.attributes.get("body")): script for script in context["script_files"]}
+    context["script_files"] = list(unique.values())
+
+
 def repository_links(app, docname, source):
     """Links to Markdown files outside the book lead to the repository; Sphinx would look for a page of the book."""
     options = app.config.html_theme_options
@@ -109,6 +118,7 @@ def setup(app):
     app.add_js_file("umeta.js", loading_method="defer")
     app.connect("source-read", repository_links)
     app.connect("html-page-context", colab_links, priority=900)
+    app.connect("html-page-context", scripts_once, priority=950)
     app.connect("build-finished", write_labels)
     app.connect("build-finished", prune_mathjax, priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
