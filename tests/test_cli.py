@@ -199,8 +199,10 @@ def test_two_reproductions_do_not_share_a_folder(tmp_path, capsys):
         pass
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys, monkeypatch, ending):
+@pytest.mark.parametrize("ending, restart, next_time", [
+    (signal.SIGTERM, False, "goes on from the last checkpoints"), (signal.SIGHUP, True, "starts all over"),
+])  # fmt: skip
+def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys, monkeypatch, ending, restart, next_time):
     psutil = pytest.importorskip("psutil")
     kernel = [sys.executable, "-c", "import time; time.sleep(60)"]
     engine = f"import pathlib, subprocess; p = subprocess.Popen({kernel}, start_new_session=True); " \
@@ -214,8 +216,8 @@ def test_an_interrupt_ends_all_that_was_started(tmp_path, capsys, monkeypatch, e
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # under nohup the end of a terminal is ignored
     threading.Thread(target=interrupt).start()
     with open(tmp_path / "lock", "w") as lock, pytest.raises(KeyboardInterrupt):
-        cli._run_to_the_end([sys.executable, "-c", engine], dict(os.environ), lock, restart=False)
-    assert "goes on from the last checkpoints" in capsys.readouterr().err
+        cli._run_to_the_end([sys.executable, "-c", engine], dict(os.environ), lock, restart)
+    assert next_time in capsys.readouterr().err
     pid = int((tmp_path / "pid").read_text())
     for _ in range(600):  # what is killed takes a moment to go on a busy machine; the kernel would sleep for a minute
         if ended := not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
@@ -304,11 +306,6 @@ def test_what_went_wrong_in_a_run_is_said_though_its_table_has_no_records(tmp_pa
     monkeypatch.setattr(cli, "_snakemake", fail)
     assert main(["reproduce", "cactus", "--table", "curves", "--results", str(tmp_path)]) == 2
     assert "a run failed" in capsys.readouterr().err
-
-
-def test_a_forced_run_does_not_claim_to_go_on():
-    assert cli._same_command(False) == "the same command goes on from the last checkpoints"
-    assert "starts all over" in cli._same_command(True)
 
 
 def test_a_run_has_no_more_steps_than_its_row(capsys):
